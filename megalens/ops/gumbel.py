@@ -163,12 +163,8 @@ def _backward_operator(
 @_backward_operator.register_fake
 def _(grads, inputs, bias_V, saved, tau_and_noise, softcap, weights, impl):
     hidden_BD, out_weight_VD, _, _ = inputs
-    empty = hidden_BD.new_empty(0)
-    return (
-        torch.empty_like(hidden_BD),
-        torch.empty_like(out_weight_VD) if weights else empty,
-        empty if bias_V is None or not weights else torch.empty_like(bias_V),
-    )
+    found = (hidden_BD, out_weight_VD if weights else None, bias_V if weights else None)
+    return tuple(hidden_BD.new_empty(0) if like is None else torch.empty_like(like) for like in found)
 
 
 def _save(ctx, inputs, output) -> None:

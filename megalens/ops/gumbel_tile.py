@@ -22,7 +22,7 @@ from megalens.ops.tile import add_product, columns, same_weight, tile_size, tile
 def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
     """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
     rows, hidden_DB = hidden_BD.shape[0], columns(hidden_BD)
-    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype)
+    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
     state = torch.zeros(6, rows, dtype=torch.float64)  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
     state[[0, 3]] = -torch.inf
     ids_B = torch.zeros(rows, dtype=torch.int64)
@@ -50,7 +50,7 @@ def backward(
     q_token_B = (grad_BD.to(dtype) * embeds_BD.to(dtype)).sum(-1)
     rows_7B = torch.stack([q_token_B, lse_B, noisy_lse_B, entropy_B, *grad_rows])
     hidden_DB, grad_DB, keys_2B = columns(hidden_BD), columns(grad_BD), split_keys(keys_B)
-    narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype)
+    narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
 
     tied, both_DM = same_weight(out_weight_VD, in_weight_VD), torch.cat([hidden_DB, grad_DB], dim=1)
     scratch_TM = both_DM.new_empty(2, tile_size(out_weight_VD), both_DM.shape[1])
