@@ -70,5 +70,7 @@ def add_product(total_MD: Tensor, left_TM: Tensor, weight_TD: Tensor) -> None:
     """``total += left.T @ weight``, the product in their dtype and the sum in ``total``'s."""
     if total_MD.dtype == left_TM.dtype:
         torch.addmm(total_MD, left_TM.T, weight_TD, out=total_MD)
+    elif total_MD.is_cuda:
+        total_MD += torch.mm(left_TM.T, weight_TD, out_dtype=total_MD.dtype)
     else:
         total_MD += left_TM.T @ weight_TD
