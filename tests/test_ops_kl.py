@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalens.ops import OpError, native, vocab_divergences, vocab_kl
+from megalens.ops import OpError, kl_tile, native, vocab_divergences, vocab_kl
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="the tile version needs a C++ compiler")
 NAMES = ("p_hidden", "q_hidden", "p_weight", "q_weight", "p_bias", "q_bias")
@@ -58,6 +58,17 @@ def test_gradients_go_where_they_are_wanted_and_nowhere_else(wanted, tied):
     assert mine.keys() == theirs.keys() == set(wanted)
     for name in wanted:
         assert_same(mine[name], theirs[name], 1e-11)
+
+
+@pytest.mark.parametrize(("softcap", "tied", "bias"), [(None, True, False), (5.0, False, True)])
+def test_tiles_of_another_device_do_the_same_with_torch_operations(monkeypatch, softcap, tied, bias):
+    monkeypatch.setattr(kl_tile, "is_native", lambda tensor: False)
+    parts = sides(17, 4096, 64, torch.float32, tied)
+    mine, my_grads = run("tile", parts, softcap, bias, ("p_hidden", "q_hidden"))
+    exact_parts = {name: None if t is None else t.double() for name, t in parts.items()}
+    exact, exact_grads = run("reference", exact_parts, softcap, bias, ("p_hidden", "q_hidden"))
+    for a, b in [*zip(mine, exact, strict=True), *((my_grads[name], exact_grads[name]) for name in exact_grads)]:
+        assert_same(a, b, 2e-5)
 
 
 def test_bfloat16_equals_the_exact_divergences_to_bfloat16_rounding():

@@ -59,8 +59,8 @@ def vocab_divergences(
         p_weight_VD, q_weight_VD: output embeddings over one vocabulary; may be the same tensor.
         p_bias, q_bias: biases ``[V]`` of the heads.
         softcap: the cap of both sides' logits (Gemma), or None.
-        impl: ``reference`` (plain PyTorch), ``tile`` (CPU, keeps no ``[N, V]`` tensor) or ``auto``, the fastest there is. ``tile``
-            is a registered operator, as :func:`megalens.ops.gumbel_embed` is, with its limits.
+        impl: ``reference`` (plain PyTorch), ``tile`` (keeps no ``[N, V]`` tensor) or ``auto``: tiles where they pay. ``tile`` is a
+            registered operator, as :func:`megalens.ops.gumbel_embed` is, with its limits.
 
     Returns:
         :class:`Divergences` (float64 for float64 inputs), with gradients to both sides where they require them.
@@ -81,7 +81,7 @@ def vocab_divergences(
     if p_weight_VD.dtype != q_weight_VD.dtype:
         raise OpError(f"vocab_kl: p_weight is {p_weight_VD.dtype} and q_weight {q_weight_VD.dtype}: give both one dtype")
     if impl == "auto":
-        impl = "tile" if tiles_pay(p_weight_VD) else "reference"
+        impl = "tile" if p_weight_VD.is_cuda or tiles_pay(p_weight_VD) else "reference"
     with torch.autocast(p_hidden_ND.device.type, enabled=False):
         function = _reference if impl == "reference" else _operator
         return Divergences(*function(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias, q_bias, softcap)[:4])
