@@ -7,6 +7,7 @@ The blocks are the library's own modules, called with explicit positions, masks 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,7 +238,9 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora) -> dict[str, nn.Pa
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted({p.removesuffix(".base_layer") for p in linear})
     )
     trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
-    inject_adapter_in_model(config, lm.model, adapter_name=name)
+    with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, lm.model, adapter_name=name)
     added = {n: p for n, p in lm.named_parameters() if ".lora_" in n and f".{name}." in n}
     for n, p in lm.named_parameters():
         p.requires_grad_(n in added or n in trainable)

@@ -202,13 +202,13 @@ def _check_layer(config: Config, settings) -> None:
         raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
 
 
-def _from_pretrained(factory, config: Config, name: str | None = None, **options):
-    name = name or config.model_name
+def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
+    name = name or settings.model_name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         mend = "; `make demo` or python tools/prepare_demo.py makes it" if "SmolLM2" in name else "; python tools/make_tiny.py makes it" if "tiny" in name else ""
         raise ConfigError(f"model folder {name} does not exist{mend}")
     try:
-        return factory.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+        return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"can not load {name}: {reason}") from None
