@@ -114,6 +114,7 @@ class Verbalizer:
     """Activation to text."""
 
     prompt: str = setting("The text<act> ends with:", "the prompt; <act> is the slot of the activation")
+    plain_prompt: str = setting("The text ends with:", "the same prompt without an activation, for the subject's side of the LM term")
     inject: str = setting("block", "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding", ("block", "embedding"))
     mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set")
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")

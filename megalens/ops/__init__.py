@@ -1,0 +1,8 @@
+"""Vocabulary-sized work that keeps no ``[batch, vocabulary]`` row: sampling a token with its embedding, and the KL of two distributions."""
+
+from megalens.ops.checks import OpError
+from megalens.ops.gumbel import GumbelEmbed, gumbel_embed
+from megalens.ops.kl import vocab_kl
+from megalens.ops.noise import noise_keys
+
+__all__ = ["GumbelEmbed", "OpError", "gumbel_embed", "noise_keys", "vocab_kl"]

@@ -1,0 +1,50 @@
+"""What is checked before any compute, and the error that says it in one line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class OpError(ValueError):
+    """An argument of a vocabulary op is wrong. The message is one line and names the argument."""
+
+
+def check_head(op: str, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """A head is hidden states ``[N, D]``, an output embedding ``[V, D]`` and perhaps a bias ``[V]``, of one dtype and one device."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise OpError(f"{op}: {side}hidden {list(hidden.shape)} and {side}weight {list(weight.shape)} must be [N, D] and [V, D] with one D")
+    if hidden.shape[0] == 0:
+        raise OpError(f"{op}: {side}hidden has no row: the batch is empty")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise OpError(f"{op}: {side}weight {list(weight.shape)} is empty: no vocabulary to choose from")
+    if weight.shape[0] >= 2**31:
+        raise OpError(f"{op}: a vocabulary of {weight.shape[0]} ids is beyond 32-bit ids")
+    if hidden.dtype != weight.dtype or hidden.dtype not in FLOATS:
+        raise OpError(f"{op}: {side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: give both one floating dtype")
+    check_device(op, **{f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias})
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise OpError(f"{op}: {side}bias {list(bias.shape)} must be [{weight.shape[0]}], one per vocabulary id")
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors lie on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise OpError(
+            f"{op}: all tensors must lie on one device, but " + ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        )
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
+    """A soft-cap is absent or a positive number."""
+    if softcap is not None and not softcap > 0:
+        raise OpError(f"{op}: softcap must be above 0 (or None), not {softcap}")
+
+
+def check_impl(op: str, impl: str, known: tuple[str, ...]) -> None:
+    """The implementation is one that exists."""
+    if impl not in ("auto", *known):
+        raise OpError(f"{op}: impl '{impl}' is none of auto, {', '.join(known)}")

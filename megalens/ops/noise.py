@@ -1,0 +1,73 @@
+"""Gumbel noise as a pure function of (seed, optimizer step, sample id, token index, vocabulary id).
+
+Counter-based: no generator, no state, so the same sample draws the same noise on any rank, engine or device, with or
+without recomputation, and a tile of the vocabulary can draw its own part again. Integer arithmetic up to the uniform,
+which is float32 by definition; only the two logarithms are left to the device's rounding.
+
+The key of a row is SplitMix64's finaliser (Steele et al., 2014) over the four coordinates; the hash of (key, id) is the
+32-bit "triple32" of C. Wellons' hash-prospector with the key's halves added before its first and second round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalens.ops.checks import OpError
+
+_GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+# triple32, as signed 32-bit numbers
+HASH_1, HASH_2, HASH_3 = -0x12A52B45, -0x53B3E4AF, 0x31848BAB
+UNIFORM_SCALE, UNIFORM_TOP = 2.0**-31, 1.0 - 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's step: a bijection of the 64-bit integers that spreads every bit."""
+    x = x + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int) -> Tensor:
+    """One noise key per row, a 64-bit hash of the row's four coordinates.
+
+    Args:
+        seed: the training's seed.
+        update: the optimizer step.
+        sample_id_B: the samples' global ids, int64 ``[B]``.
+        token: the index of the token in the explanation.
+
+    Returns:
+        int64 ``[B]`` on the device of ``sample_id_B``. Within one (seed, update, token) distinct ids give distinct keys.
+
+    Raises:
+        OpError: ``sample_id_B`` is no int64 vector.
+    """
+    if sample_id_B.dtype != torch.int64 or sample_id_B.dim() != 1:
+        raise OpError(f"noise_keys: sample_id_B must be int64 [B], not {sample_id_B.dtype} {list(sample_id_B.shape)}")
+    where = _mix(torch.full_like(sample_id_B, seed))
+    where = _mix(where ^ update)
+    where = _mix(where ^ token)
+    return _mix(_mix(sample_id_B) ^ where)
+
+
+def split_keys(keys_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys' low and high 32 bits, each int32 ``[B]``."""
+    low_B = ((keys_B & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    return low_B.to(torch.int32), (keys_B >> 32).to(torch.int32)
+
+
+def uniform(low_B: Tensor, high_B: Tensor, ids_V: Tensor) -> Tensor:
+    """Uniform float32 ``[B, V]`` in the open (0, 1), fine near 0: ``low_B``, ``high_B`` from :func:`split_keys`, ``ids_V`` int32."""
+    x = ids_V[None, :] + low_B[:, None]
+    x = (x ^ ((x >> 17) & 0x7FFF)) * HASH_1 + high_B[:, None]
+    x = (x ^ ((x >> 11) & 0x1FFFFF)) * HASH_2
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * HASH_3
+    x = (x ^ ((x >> 14) & 0x3FFFF)) & 0x7FFFFFFF
+    return ((x.to(torch.float32) + 0.5) * UNIFORM_SCALE).clamp(max=UNIFORM_TOP)
+
+
+def gumbel(low_B: Tensor, high_B: Tensor, ids_V: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise ``[B, V]``: ``-log(-log u)`` with ``1 - u`` from :func:`uniform`, so that the upper tail is fine-grained."""
+    return -(-torch.log1p(-uniform(low_B, high_B, ids_V).to(dtype))).log()
