@@ -30,7 +30,10 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """A documented dataclass field; a mutable default is copied for each instance."""
     metadata = {"help": text, "choices": choices}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return field(default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default), metadata=metadata)
+        return field(
+            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default),
+            metadata=metadata,
+        )
     return field(default=default, metadata=metadata)
 
 
@@ -69,7 +72,9 @@ class LrMultipliers:
 class Dataset:
     """Where the text comes from."""
 
-    name: str = setting("wiki-leads", "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder")
+    name: str = setting(
+        "wiki-leads", "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder"
+    )
     config_name: str | None = setting(None, "the hub dataset's configuration")
     split: str = setting("train", "the split to read")
     val_split: str | None = setting(None, "a split for validation; null: val_fraction of the documents of split")
@@ -101,7 +106,9 @@ class ActivationDumper:
     batch_size: int = setting(32, "sequences per forward pass, per rank")
     rows_per_shard: int = setting(16384, "rows of a shard file")
     rows_per_batch: int = setting(1024, "rows of a compressed record batch")
-    encoding: str = setting("bf16_planes", "bf16 | bf16_planes (high and low bytes apart; compresses better) | fp32", ("bf16", "bf16_planes", "fp32"))
+    encoding: str = setting(
+        "bf16_planes", "bf16 | bf16_planes (high and low bytes apart; compresses better) | fp32", ("bf16", "bf16_planes", "fp32")
+    )
 
 
 @dataclass
@@ -119,7 +126,11 @@ class Verbalizer:
 
     prompt: str = setting("The text<act> ends with:", "the prompt; <act> is the slot of the activation")
     plain_prompt: str = setting("The text ends with:", "the same prompt without an activation, for the subject's side of the LM term")
-    inject: str = setting("block", "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding", ("block", "embedding"))
+    inject: str = setting(
+        "block",
+        "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
+        ("block", "embedding"),
+    )
     mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
 
@@ -194,11 +205,15 @@ class Config:
     pretokenize: Pretokenize = setting(Pretokenize(), "tokenizing")
     activation_dumper: ActivationDumper = setting(ActivationDumper(), "activations")
 
-    train_mode: str = setting("lora", "what of the base is trained: frozen (projections and prompts only) | lora | full", ("frozen", "lora", "full"))
+    train_mode: str = setting(
+        "lora", "what of the base is trained: frozen (projections and prompts only) | lora | full", ("frozen", "lora", "full")
+    )
     lora: Lora = setting(Lora(), "adapters")
     verbalizer: Verbalizer = setting(Verbalizer(), "activation to text")
     reconstructor: Reconstructor = setting(Reconstructor(), "text to activation")
-    init_from: str | None = setting(None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh")
+    init_from: str | None = setting(
+        None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh"
+    )
 
     learning_rate: float = setting(3e-4, "AdamW's learning rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
@@ -209,7 +224,7 @@ class Config:
     batch_size: int = setting(64, "samples per micro-step over all ranks")
     gradient_accumulation_steps: int = setting(1, "micro-steps per optimizer step")
     num_train_epochs: float = setting(1.0, "length of the training when max_train_steps is null")
-    max_train_steps: str | None = setting(None, "length of the training as a duration, e.g. \"500s\", \"100os\" or \"2e\"")
+    max_train_steps: str | None = setting(None, 'length of the training as a duration, e.g. "500s", "100os" or "2e"')
 
     gumbel_tau_schedule: Schedule = setting(Schedule(type="linear", start_value=1.0, end_value=0.5), "temperature of the Gumbel-softmax")
     gumbel_noise: float = setting(1.0, "scale of the Gumbel noise; 1: samples of the verbalizer's distribution, 0: greedy")
@@ -221,7 +236,11 @@ class Config:
     entropy_weight: float = setting(0.0, "entropy of the verbalizer's tokens (a bonus)")
     tail_say_weight: float = setting(0.0, "warm start: cross-entropy of the verbalizer on the context's tail")
     tail_read_weight: float = setting(0.0, "warm start: mse of the reconstructor reading the context's tail")
-    tail_order: str = setting("last_first", "how a tail of t_text tokens is written: forward (as it stands), or last_first (the last token, then the t_text - 1 tokens that end in it)", ("forward", "last_first"))
+    tail_order: str = setting(
+        "last_first",
+        "how a tail of t_text tokens is written: forward (as it stands), or last_first (the last token, then those that end in it)",
+        ("forward", "last_first"),
+    )
 
     validation: Validation = setting(Validation(), "held-out measurements while training")
     checkpoint: Checkpoint = setting(Checkpoint(), "saving and resuming")
@@ -440,12 +459,38 @@ def validate(config: Config) -> None:
         ConfigError: naming the key and what it may be.
     """
     _check_each(config, "")
-    positive = ["t_text", "batch_size", "gradient_accumulation_steps", "learning_rate", "lora.r", "activation_dumper.seq_len",
-                "activation_dumper.batch_size", "activation_dumper.vectors_per_sequence", "activation_dumper.rows_per_shard",
-                "activation_dumper.rows_per_batch", "evaluation.batch_size", "evaluation.bootstrap", "validation.num_samples", "checkpoint.track_best_n"]
-    not_negative = ["layer_l", "grad_clip", "weight_decay", "gumbel_noise", "activation_dumper.min_pos", "mse_weight", "kl_base_weight",
-                    "lm_base_weight", "tail_say_weight", "tail_read_weight", "dataset.min_words", "validation.num_examples",
-                    "evaluation.examples", "evaluation.report_documents"]
+    positive = [
+        "t_text",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lora.r",
+        "activation_dumper.seq_len",
+        "activation_dumper.batch_size",
+        "activation_dumper.vectors_per_sequence",
+        "activation_dumper.rows_per_shard",
+        "activation_dumper.rows_per_batch",
+        "evaluation.batch_size",
+        "evaluation.bootstrap",
+        "validation.num_samples",
+        "checkpoint.track_best_n",
+    ]
+    not_negative = [
+        "layer_l",
+        "grad_clip",
+        "weight_decay",
+        "gumbel_noise",
+        "activation_dumper.min_pos",
+        "mse_weight",
+        "kl_base_weight",
+        "lm_base_weight",
+        "tail_say_weight",
+        "tail_read_weight",
+        "dataset.min_words",
+        "validation.num_examples",
+        "evaluation.examples",
+        "evaluation.report_documents",
+    ]
     for key in positive:
         _require(_get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0")
     for key in ["dataset.max_documents", "pretokenize.num_proc"]:
@@ -457,7 +502,10 @@ def validate(config: Config) -> None:
     for key in ["gumbel_tau_schedule", "alpha_schedule"]:
         _check_duration(f"{key}.constant_steps_before_decay", _get(config, key).constant_steps_before_decay)
         ends = [_get(config, key).start_value, _get(config, key).end_value]
-        _require(_get(config, key).type != "exponential" or min(ends) > 0, f"{key}: an exponential schedule needs ends greater than 0, not {min(ends)}")
+        _require(
+            _get(config, key).type != "exponential" or min(ends) > 0,
+            f"{key}: an exponential schedule needs ends greater than 0, not {min(ends)}",
+        )
         if str(_get(config, key).num_steps) != "-1":
             _check_duration(f"{key}.num_steps", _get(config, key).num_steps)
     tau = config.gumbel_tau_schedule
@@ -467,14 +515,33 @@ def validate(config: Config) -> None:
     _require(0 <= config.lora.dropout < 1, f"lora.dropout={config.lora.dropout} must lie in [0, 1)")
     _require(0 < config.dataset.val_fraction < 1, f"dataset.val_fraction={config.dataset.val_fraction} must lie between 0 and 1")
     dump = config.activation_dumper
-    _require(dump.min_pos < dump.seq_len, f"activation_dumper.min_pos={dump.min_pos} leaves no position in sequences of activation_dumper.seq_len={dump.seq_len}")
+    _require(
+        dump.min_pos < dump.seq_len,
+        f"activation_dumper.min_pos={dump.min_pos} leaves no position in sequences of activation_dumper.seq_len={dump.seq_len}",
+    )
     for key in ["activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples"]:
         _require(_get(config, key) == -1 or _get(config, key) > 0, f"{key}={_get(config, key)} must be -1 (all) or greater than 0")
-    _require(config.verbalizer.prompt.count("<act>") == 1, f"verbalizer.prompt={config.verbalizer.prompt!r} must hold the slot <act> exactly once")
-    _require(config.max_train_steps is not None or config.num_train_epochs > 0, "num_train_epochs must be greater than 0 when max_train_steps is null")
-    weights = [config.mse_weight, config.kl_base_weight, config.lm_base_weight, config.entropy_weight, config.tail_say_weight, config.tail_read_weight]
+    _require(
+        config.verbalizer.prompt.count("<act>") == 1,
+        f"verbalizer.prompt={config.verbalizer.prompt!r} must hold the slot <act> exactly once",
+    )
+    _require(
+        config.max_train_steps is not None or config.num_train_epochs > 0,
+        "num_train_epochs must be greater than 0 when max_train_steps is null",
+    )
+    weights = [
+        config.mse_weight,
+        config.kl_base_weight,
+        config.lm_base_weight,
+        config.entropy_weight,
+        config.tail_say_weight,
+        config.tail_read_weight,
+    ]
     _require(any(weights), "every loss weight is 0; set mse_weight, kl_base_weight, lm_base_weight, tail_say_weight or tail_read_weight")
-    _require(config.kl_base_weight == 0 or config.batch_size % 2 == 0, "kl_base_weight needs an even batch_size: each sample is paired with another of the batch")
+    _require(
+        config.kl_base_weight == 0 or config.batch_size % 2 == 0,
+        "kl_base_weight needs an even batch_size: each sample is paired with another of the batch",
+    )
 
 
 def _check_each(node, prefix: str) -> None:
@@ -514,8 +581,11 @@ def _get(node, key: str):
 
 def documented_yaml() -> str:
     """``conf/config.yaml``: every key with its default and what it means."""
-    head = ["# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config.py, not this file.",
-            "# An experiment names only what it changes, and its parents under defaults:.", ""]
+    head = [
+        "# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config.py, not this file.",
+        "# An experiment names only what it changes, and its parents under defaults:.",
+        "",
+    ]
     return "\n".join(head + _document(Config(), "")) + "\n"
 
 
@@ -526,7 +596,11 @@ def _document(node, indent: str) -> list[str]:
         if dataclasses.is_dataclass(value):
             lines += ["", f"{indent}{f.name}:  # {f.metadata['help']}", *_document(value, indent + "  "), ""]
         else:
-            text = OmegaConf.to_yaml(OmegaConf.create({f.name: value}), resolve=False).strip() if not isinstance(value, list) else f"{f.name}: {value}"
+            text = (
+                OmegaConf.to_yaml(OmegaConf.create({f.name: value}), resolve=False).strip()
+                if not isinstance(value, list)
+                else f"{f.name}: {value}"
+            )
             lines.append(f"{indent}{text}  # {f.metadata['help']}")
     return [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
 
