@@ -132,8 +132,8 @@ class ShardWriter:
 
     Args:
         folder: the dump's folder.
-        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16`` or
-            ``int32``), ``rows``, ``rows_per_shard`` and ``rows_per_batch``; two writers work on one dump exactly when their headers are equal.
+        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16``
+            or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work on one dump.
     """
 
     def __init__(self, folder: str | Path, header: dict):
@@ -152,7 +152,7 @@ class ShardWriter:
         return range(first, min(first + self.header["rows_per_shard"], self.header["rows"]))
 
     def begin(self) -> str | None:
-        """Join or start the work. What an unfinished dump with another header left is removed; a finished one must be gone (:func:`discard`).
+        """Join or start the work. What an unfinished dump with another header left is removed; a finished one stays (see :func:`discard`).
 
         Returns:
             why something was removed, or None.
@@ -192,7 +192,8 @@ class ShardWriter:
 
         Args:
             index: which one.
-            rows: ``activation [N, d]``, ``input_ids [N, C]`` (0 behind ``position``), ``position [N]``, ``doc_id [N]``, N that of :meth:`shard_rows`.
+            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is that
+                of :meth:`shard_rows`.
 
         Raises:
             DataError: an activation is not finite, or the disk is full.
