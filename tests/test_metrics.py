@@ -1,5 +1,7 @@
 """The quality figures, against their definitions written out and against what is known beforehand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ def data():
     a_BD = torch.randn(60, 16, generator=draw) * torch.linspace(0.1, 5, 16) + 2
     a_hat_BD = a_BD + 0.5 * torch.randn(60, 16, generator=draw)
     unit = train_ND / train_ND.norm(dim=-1, keepdim=True)
-    reference = Reference.from_meta({"mean": train_ND.mean(0), "var": train_ND.var(0), "mean_normalised": unit.mean(0)})
+    reference = Reference.of(SimpleNamespace(mean=train_ND.mean(0), var=train_ND.var(0), mean_normalised=unit.mean(0)))
     return a_BD, a_hat_BD, reference
 
 

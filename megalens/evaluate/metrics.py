@@ -5,7 +5,7 @@ A row is one activation. Its statistics are computed batch by batch (:func:`row_
 
 The trainer's validation, for each held-out batch::
 
-    reference = Reference.from_meta(train_reader.meta)                       # the TRAINING activations' statistics
+    reference = Reference.of(train_loader.reader)                            # the TRAINING activations' statistics
     a_hat_BD = lens.reconstruct(ids_BT, lengths_B)
     rows = row_statistics(batch["activation"], a_hat_BD, reference)
     read = lens.subject.read(batch["input_ids"], batch["position"])         # only for kl, kl_recovered and top1
@@ -62,9 +62,9 @@ class Reference:
     mean_normalised: np.ndarray
 
     @classmethod
-    def from_meta(cls, meta: dict) -> Reference:
-        """From the ``meta.json`` of a training dump (or any mapping with the same three names)."""
-        return cls(*(np.asarray(meta[name], np.float64) for name in ("mean", "var", "mean_normalised")))
+    def of(cls, statistics) -> Reference:
+        """From whatever has these three as attributes: the training dump's ``ShardReader``, for one."""
+        return cls(*(np.asarray(getattr(statistics, name).cpu(), np.float64) for name in ("mean", "var", "mean_normalised")))
 
 
 def mean_where_failed(a_hat_BD: Tensor, mean_D: Tensor, failed_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -159,9 +159,7 @@ def _weighted_figures(rows: dict[str, np.ndarray], weights_RN: np.ndarray) -> di
     """Figures ``[R]`` under R different weightings of the rows."""
     totals = {name: weights_RN @ value for name, value in rows.items()}
     count = weights_RN.sum(1)
-    result = {
-        name: 1 - totals[over] / np.maximum(totals[under], 1e-12) for name, (over, under) in _RATIOS.items() if over in rows
-    }
+    result = {name: 1 - totals[over] / np.maximum(totals[under], 1e-12) for name, (over, under) in _RATIOS.items() if over in rows}
     result |= {name: totals[name] / count for name in _MEANS if name in rows}
     order = np.argsort(rows["cos"])
     reached = np.cumsum(weights_RN[:, order], axis=1)
