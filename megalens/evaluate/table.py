@@ -22,7 +22,7 @@ def table(result: Result) -> str:
     quantiles = ", ".join(f"{ours[f'cos_q{q}']:.3f}" for q in ("05", "50", "95"))
     notes = [
         describe(result),
-        f"LENS: cos at its 5, 50 and 95 % quantiles {quantiles}; {result.roundtrip:.1%} of its texts round-trip token for token.",
+        f"The lens: cos at its 5, 50 and 95 % quantiles {quantiles}; {result.roundtrip:.1%} of its texts round-trip token for token.",
     ]
     return "\n\n".join([*blocks, "\n".join(notes)])
 
