@@ -104,20 +104,17 @@ def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, reference: Reference, failed_
     }
 
 
-def logit_statistics(gold_BV: Tensor, patched_BV: Tensor, mean_patched_BV: Tensor) -> dict[str, np.ndarray]:
-    """``kl``, ``kl_mean`` (nats) and ``top1`` (0 or 1) of each row, float64 ``[B]``.
+def logit_statistics(gold_BV: Tensor, patched_BV: Tensor, mean_patched_BV: Tensor | None = None) -> dict[str, np.ndarray]:
+    """``kl`` and ``kl_mean`` (nats) and ``top1`` (0 or 1) of each row, float64 ``[B]``.
 
     Args:
         gold_BV: the subject's next-token logits, untouched.
         patched_BV: the same with the rebuild patched in at P.
-        mean_patched_BV: the same with the mean activation patched in.
+        mean_patched_BV: the same with the mean activation patched in; without it there is no ``kl_mean``, and no ``kl_recovered``.
     """
     p = gold_BV.float().log_softmax(-1)
-    return {
-        "kl": _numpy(_kl(p, patched_BV)),
-        "kl_mean": _numpy(_kl(p, mean_patched_BV)),
-        "top1": _numpy(gold_BV.argmax(-1) == patched_BV.argmax(-1)),
-    }
+    rows = {"kl": _numpy(_kl(p, patched_BV)), "top1": _numpy(gold_BV.argmax(-1) == patched_BV.argmax(-1))}
+    return rows if mean_patched_BV is None else rows | {"kl_mean": _numpy(_kl(p, mean_patched_BV))}
 
 
 def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -159,7 +156,7 @@ def _weighted_figures(rows: dict[str, np.ndarray], weights_RN: np.ndarray) -> di
     """Figures ``[R]`` under R different weightings of the rows."""
     totals = {name: weights_RN @ value for name, value in rows.items()}
     count = weights_RN.sum(1)
-    result = {name: 1 - totals[over] / np.maximum(totals[under], 1e-12) for name, (over, under) in _RATIOS.items() if over in rows}
+    result = {name: 1 - totals[over] / np.maximum(totals[under], 1e-12) for name, (over, under) in _RATIOS.items() if under in rows}
     result |= {name: totals[name] / count for name in _MEANS if name in rows}
     order = np.argsort(rows["cos"])
     reached = np.cumsum(weights_RN[:, order], axis=1)
