@@ -346,7 +346,7 @@ def _merge_file(base, path: Path, seen: tuple[Path, ...]):
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    except OSError:  # what OmegaConf raises for a file that holds a single word
+    except OSError:  # what OmegaConf raises for a file that holds a single number
         raise ConfigError(f"{path} holds no key: value pairs") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no key: value pairs")
@@ -398,7 +398,7 @@ def _check_value(key: str, value, where: str) -> None:
 def _check_key(key: str, where: str) -> None:
     known = _keys(Config)
     if key not in known:
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, known))
+        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
