@@ -427,12 +427,13 @@ def _keys(cls, prefix: str = "") -> dict[str, Any]:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key meant: the same last part, the initials (lr), or the closest spelling."""
-    leaves = {name: name.split(".")[-1] for name in known}
-    last = key.split(".")[-1]
+    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+    section, _, last = key.rpartition(".")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
     near = [name for name, leaf in leaves.items() if last and last in (leaf, "".join(word[:1] for word in leaf.split("_")))]
+    near += [siblings[leaf] for leaf in difflib.get_close_matches(last, siblings, 1, 0.5)]
     near += difflib.get_close_matches(key, leaves, 1, 0.6)
-    near += [name for name, leaf in leaves.items() if leaf in difflib.get_close_matches(last, leaves.values(), 1, 0.6)]
     return f"; did you mean '{near[0]}'?" if near else "; conf/config.yaml lists every key"
 
 
