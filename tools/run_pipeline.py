@@ -67,9 +67,8 @@ def main(arguments: list[str]) -> int:
             runner.run([sys.executable, str(ROOT / "tools" / tool), *phase.arguments, *(["force_redump=true"] if forced else [])])
         say(f"{config.run_dir}: training")
         runner.run([*launcher(config), *phase.arguments])
-    say(
-        f"the lens is in {phases[-1].config.run_dir / 'best'}; measure it: python tools/eval.py checkpoint={phases[-1].config.run_dir / 'best'}"
-    )
+    best = phases[-1].config.run_dir / "best"
+    say(f"the lens is in {best}; measure it: python tools/eval.py checkpoint={best}")
     return 0
 
 
