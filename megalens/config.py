@@ -198,7 +198,9 @@ class Config:
     output_dir: str = setting("outputs", "where runs are kept")
     seed: int = setting(0, "seed of sample order, initialisation and Gumbel noise")
     device: str = setting("auto", "auto (a GPU where there is one) | cpu | cuda", ("auto", "cpu", "cuda"))
-    dtype: str = setting("bf16", "arithmetic of the blocks: bf16 | fp32; trained weights keep an fp32 master", ("bf16", "fp32"))
+    dtype: str = setting(
+        "auto", "arithmetic: bf16 | fp32 | auto (bf16 where the processor has it, else fp32); trained weights keep an fp32 master", ("auto", "bf16", "fp32")
+    )
     force_redump: bool = setting(False, "make pretokenized text and dump anew (tools/run_pipeline.py, tools/dump_acts.py)")
 
     dataset: Dataset = setting(Dataset(), "text")

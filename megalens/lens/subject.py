@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from megalens.config import Config, ConfigError
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -132,7 +131,7 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
     _check_layer(config, settings)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
     model = _from_pretrained(
-        AutoModelForCausalLM, config, config=settings, dtype=DTYPES[config.dtype], attn_implementation=attention, use_safetensors=True
+        AutoModelForCausalLM, config, config=settings, dtype=resolve_dtype(config), attn_implementation=attention, use_safetensors=True
     )
     lm = CausalLM(model)
     if upto_block is not None:
@@ -152,6 +151,15 @@ def resolve_device(device: str) -> torch.device:
     if device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def resolve_dtype(config: Config) -> torch.dtype:
+    """The dtype of ``config.dtype``; ``auto`` is bf16 on GPUs and on CPUs with bf16 instructions (others emulate it, several times slower)."""
+    if config.dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    capabilities = torch.cpu.get_capabilities()
+    native = resolve_device(config.device).type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_tokenizer(config: Config):
