@@ -1,7 +1,7 @@
 # make        the environment in .venv          make test   the tests
 # make demo   a real lens, measured             make lint   ruff
 # make clean  removes .venv and caches; data/ and outputs/ stay
-PYTHON ?= python3
+PYTHON := $(or $(PYTHON),$(shell command -v python3))
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 # Tools that are started by name (deepspeed, torchrun, ninja) are the environment's own.
@@ -31,4 +31,4 @@ lint: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megalens tools tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -348,7 +348,7 @@ def _merge_file(base, path: Path, seen: tuple[Path, ...]):
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    except OSError:  # what OmegaConf raises for a file that holds a single word
+    except OSError:  # what OmegaConf raises for a file that holds a single number
         raise ConfigError(f"{path} holds no key: value pairs") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no key: value pairs")
@@ -400,7 +400,7 @@ def _check_value(key: str, value, where: str) -> None:
 def _check_key(key: str, where: str) -> None:
     known = _keys(Config)
     if key not in known:
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, known))
+        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -429,12 +429,13 @@ def _keys(cls, prefix: str = "") -> dict[str, Any]:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key meant: the same last part, the initials (lr), or the closest spelling."""
-    leaves = {name: name.split(".")[-1] for name in known}
-    last = key.split(".")[-1]
+    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+    section, _, last = key.rpartition(".")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
     near = [name for name, leaf in leaves.items() if last and last in (leaf, "".join(word[:1] for word in leaf.split("_")))]
+    near += [siblings[leaf] for leaf in difflib.get_close_matches(last, siblings, 1, 0.5)]
     near += difflib.get_close_matches(key, leaves, 1, 0.6)
-    near += [name for name, leaf in leaves.items() if leaf in difflib.get_close_matches(last, leaves.values(), 1, 0.6)]
     return f"; did you mean '{near[0]}'?" if near else "; conf/config.yaml lists every key"
 
 

