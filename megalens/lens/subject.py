@@ -15,7 +15,6 @@ from megalens.config import Config, ConfigError
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter
 
 
-
 @dataclass
 class Read:
     """One read of a batch of contexts: the activation at P, the true next-token logits there, and what patching needs."""
@@ -147,7 +146,9 @@ def resolve_device(device: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ConfigError("device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu")
+        raise ConfigError(
+            "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
+        )
     if device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -158,7 +159,12 @@ def resolve_dtype(config: Config) -> torch.dtype:
     if config.dtype != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     capabilities = torch.cpu.get_capabilities()
-    native = resolve_device(config.device).type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    native = (
+        resolve_device(config.device).type == "cuda"
+        or capabilities.get("avx512_bf16")
+        or capabilities.get("amx_bf16")
+        or capabilities.get("bf16")
+    )
     return torch.bfloat16 if native else torch.float32
 
 
@@ -213,7 +219,13 @@ def _check_layer(config: Config, settings) -> None:
 def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
     name = name or settings.model_name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-        mend = "; `make demo` or python tools/prepare_demo.py makes it" if "SmolLM2" in name else "; python tools/make_tiny.py makes it" if "tiny" in name else ""
+        mend = (
+            "; `make demo` or python tools/prepare_demo.py makes it"
+            if "SmolLM2" in name
+            else "; python tools/make_tiny.py makes it"
+            if "tiny" in name
+            else ""
+        )
         raise ConfigError(f"model folder {name} does not exist{mend}")
     try:
         return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
