@@ -267,7 +267,8 @@ class Config:
     def dataset_label(self) -> str:
         """The dataset's name as a folder name."""
         path = Path(self.dataset.name)
-        name = path.stem if path.exists() else self.dataset.name
+        is_local = path.exists() or path.suffix in (".txt", ".json", ".jsonl", ".parquet")
+        name = path.stem if is_local else self.dataset.name
         return "_".join(filter(None, [name.strip("/").replace("/", "__"), self.dataset.config_name]))
 
     def activation_dir(self, split: str) -> Path:
