@@ -22,7 +22,17 @@ def folders(tmp_path_factory):
 def make_lens(folder, mode="frozen", inject="block", **keys):
     verbalizer = Verbalizer(prompt="a thing<act> is about", inject=inject, mode=mode)
     reconstructor = Reconstructor(prompt="it says:", suffix=keys.pop("suffix", ""), mode=mode)
-    config = Config(model_name=folder, layer_l=1, t_text=5, dtype="fp32", device="cpu", verbalizer=verbalizer, reconstructor=reconstructor, lora=Lora(r=4), **keys)
+    config = Config(
+        model_name=folder,
+        layer_l=1,
+        t_text=5,
+        dtype="fp32",
+        device="cpu",
+        verbalizer=verbalizer,
+        reconstructor=reconstructor,
+        lora=Lora(r=4),
+        **keys,
+    )
     generator = torch.Generator().manual_seed(5)
     return build_lens(config, torch.randn(64, generator=generator), torch.rand(64, generator=generator) + 0.5)
 
@@ -31,7 +41,13 @@ def make_batch(rows=4, context=12):
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 500, (rows, context), generator=generator)
     position = torch.randint(6, context, (rows,), generator=generator)
-    return {"activation": torch.randn(rows, 64, generator=generator), "input_ids": ids, "position": position, "sample_id": torch.arange(rows) + 100, "doc_id": torch.arange(rows)}
+    return {
+        "activation": torch.randn(rows, 64, generator=generator),
+        "input_ids": ids,
+        "position": position,
+        "sample_id": torch.arange(rows) + 100,
+        "doc_id": torch.arange(rows),
+    }
 
 
 def perturb(lens, scale=0.05):
@@ -113,7 +129,17 @@ def test_training_the_roles_leaves_the_subject_as_it_was(folders):
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders, mode):
-    lens = perturb(make_lens(folders["llama"], mode=mode, kl_base_weight=1.0, lm_base_weight=1.0, entropy_weight=0.1, tail_say_weight=1.0, tail_read_weight=1.0))
+    lens = perturb(
+        make_lens(
+            folders["llama"],
+            mode=mode,
+            kl_base_weight=1.0,
+            lm_base_weight=1.0,
+            entropy_weight=0.1,
+            tail_say_weight=1.0,
+            tail_read_weight=1.0,
+        )
+    )
     out = lens(make_batch(), AT)
     out["loss"].backward()
     assert set(out) == {"loss", "mse", "kl", "lm", "entropy", "tail_say", "tail_read"}
@@ -127,9 +153,23 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders,
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(folders):
-    weights = {"mse_weight": 2.0, "kl_base_weight": 0.7, "lm_base_weight": 0.3, "entropy_weight": 0.1, "tail_say_weight": 0.2, "tail_read_weight": 0.4}
+    weights = {
+        "mse_weight": 2.0,
+        "kl_base_weight": 0.7,
+        "lm_base_weight": 0.3,
+        "entropy_weight": 0.1,
+        "tail_say_weight": 0.2,
+        "tail_read_weight": 0.4,
+    }
     out = make_lens(folders["llama"], **weights)(make_batch(), AT)
-    expected = 2.0 * out["mse"] + 0.7 * out["kl"] + 0.3 * AT.alpha * out["lm"] - 0.1 * out["entropy"] + 0.2 * out["tail_say"] + 0.4 * out["tail_read"]
+    expected = (
+        2.0 * out["mse"]
+        + 0.7 * out["kl"]
+        + 0.3 * AT.alpha * out["lm"]
+        - 0.1 * out["entropy"]
+        + 0.2 * out["tail_say"]
+        + 0.4 * out["tail_read"]
+    )
     torch.testing.assert_close(out["loss"].detach(), expected)
 
 

@@ -64,7 +64,7 @@ def is_current(config: Config) -> str | None:
         found, files = {key: meta[key] for key in ("version", "tokenizer", "dataset")}, meta["files"]
     except (ValueError, KeyError):
         return f"{folder / 'meta.json'} is damaged"
-    wanted = identity(config)
+    wanted = _identity(config)
     for part in wanted:
         if difference := first_difference(found[part], wanted[part]):
             return f"{folder} was made with another {part} ({difference})"
@@ -74,27 +74,31 @@ def is_current(config: Config) -> str | None:
     return None
 
 
-def identity(config: Config) -> dict:
-    """What the pretokenized corpus depends on: the format's version, the tokenizer, the dataset's settings and contents."""
+def tokenizer_identity(config: Config) -> dict:
+    """Name and fingerprint of the tokenizer."""
+    return {"name": config.tokenizer_name or config.model_label, "fingerprint": tokenizer_fingerprint(load_tokenizer(config))}
+
+
+def dataset_identity(config: Config, source_may_be_gone: bool = False) -> dict:
+    """The dataset's settings and a hash of its local files (``source``; None for the hub's, and left out when the files are gone)."""
     settings = dataclasses.asdict(config.dataset)
-    source = source_fingerprint(config)
-    if source is not None:
+    try:
+        settings["source"] = source_fingerprint(config)
+    except DataError:
+        if not source_may_be_gone:
+            raise
+    if settings.get("source", "") is not None:
         settings["name"] = config.dataset_label
-    tokenizer = load_tokenizer(config)
-    return {
-        "version": VERSION,
-        "tokenizer": {"name": config.tokenizer_name or config.model_label, "fingerprint": tokenizer_fingerprint(tokenizer)},
-        "dataset": {**settings, "source": source},
-    }
+    return settings
 
 
 def first_difference(found: dict | int, wanted: dict | int) -> str | None:
-    """The first thing in which two settings differ, as text; names of the same contents do not count."""
+    """The first thing in which what is there differs from what is wanted, as text; a name beside a fingerprint does not count."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         return None if found == wanted else f"{found} there, {wanted} now"
     skipped = {"name"} if "fingerprint" in wanted else set()
-    for key in [*wanted, *found]:
-        if key not in skipped and found.get(key) != wanted.get(key):
+    for key in wanted:
+        if key not in skipped and found.get(key) != wanted[key]:
             return f"{key}: {found.get(key)} there, {wanted.get(key)} now"
     return None
 
@@ -113,6 +117,11 @@ def load_tokens(config: Config, split: str) -> datasets.Dataset:
         if name.startswith(f"{split}/") and checksum_of(folder / name) != file["checksum"]:
             raise DataError(f"{folder / name} does not match its checksum: it is damaged; {mend} force_redump=true")
     return datasets.load_from_disk(str(folder / split))
+
+
+def vocab_size(config: Config) -> int:
+    """Tokens of the vocabulary of the pretokenized corpus."""
+    return json.loads((config.pretokenized_dir / "meta.json").read_text())["vocab_size"]
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -157,8 +166,12 @@ def _write(config: Config, folder: Path) -> None:
             cache.unlink()
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum_of(path)} for path in paths}
-    meta = {**identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
+    meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _identity(config: Config) -> dict:
+    return {"version": VERSION, "tokenizer": tokenizer_identity(config), "dataset": dataset_identity(config)}
 
 
 def _encode_batch(batch: dict[str, list], tokenizer) -> dict[str, list]:

@@ -187,6 +187,12 @@ class ShardWriter:
         """Is shard ``index`` complete?"""
         return (self.work / f"{index:05d}.json").exists() or (self.folder / "meta.json").exists()
 
+    def rows_written(self) -> int:
+        """Rows of all complete shards."""
+        if (self.folder / "meta.json").exists():
+            return self.header["rows"]
+        return sum(len(self.shard_rows(int(path.stem))) for path in self.work.glob("[0-9]*.json"))
+
     def write(self, index: int, rows: dict[str, Tensor]) -> None:
         """Write shard ``index``, then the record that says it is complete.
 
@@ -412,12 +418,19 @@ def _batch_rows(rows: int, per_batch: int) -> np.ndarray:
     return np.minimum(per_batch, rows - np.arange(0, rows, per_batch, dtype=np.int64))
 
 
-def _problem(path: Path, record: dict) -> str | None:
-    """What is wrong with a shard's file, or None."""
+def file_problem(path: Path, size: int) -> str | None:
+    """What is wrong with a shard's file at first sight, or None."""
     if not path.exists():
         return f"shard {path} is missing"
-    if path.stat().st_size != record["bytes"]:
-        return f"shard {path} has {path.stat().st_size} bytes instead of {record['bytes']}: it is cut short or not of this dump"
+    if path.stat().st_size != size:
+        return f"shard {path} has {path.stat().st_size} bytes instead of {size}: it is cut short or not of this dump"
+    return None
+
+
+def _problem(path: Path, record: dict) -> str | None:
+    """What is wrong with a shard's file, or None."""
+    if problem := file_problem(path, record["bytes"]):
+        return problem
     if checksum_of(path) != record["checksum"]:
         return f"shard {path} does not match its checksum: it is damaged or not of this dump"
     return None

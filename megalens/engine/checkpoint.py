@@ -207,7 +207,7 @@ class RunFolder:
         if self.last is None:
             self._keep(set())
         else:
-            best = [name for _, name in read_json(self.last / "trainer.json")["best"]]
+            best = [name for _, name in read_json(self.last / "trainer.json")["progress"]["best"]]
             self._link(self.last.name, best)
 
     def clear(self) -> bool:

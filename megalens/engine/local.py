@@ -74,7 +74,7 @@ class LocalEngine(Engine):
         if not self.is_main:
             return {}
         held = dict(self.module.named_parameters()) | self.masters
-        return {name: held[name].detach().float().cpu() for name in names}
+        return {name: held[name].detach().to("cpu", torch.float32, copy=True) for name in names}
 
     def save_state(self, folder: Path) -> None:
         if self.is_main:
