@@ -104,3 +104,17 @@ def train(config) -> int:
         print(f"{say}: {config.run_dir}/last at micro-step {start.progress.step}", file=sys.stderr)
     engine.close()
     return code
+
+
+def told_once(arguments: list[str]) -> int:
+    """:func:`main`, but an error that rank 0 has too is told by it alone: the others wait to be ended by the launcher first."""
+    try:
+        return main(arguments)
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(told_once, __doc__)

@@ -11,7 +11,7 @@ from megalens.evaluate.baselines import LABELS, context_tails, partners, read_by
 from megalens.evaluate.evaluation import evaluate
 from megalens.evaluate.metrics import Reference
 from megalens.evaluate.table import examples, table
-from megalens.evaluate.text import bos_ids, is_text, pad, pieces, round_trips, to_ids, to_texts, visible
+from megalens.evaluate.text import is_text, pad, pieces, round_trips, to_ids, to_texts, visible
 from megalens.lens.lens import build_lens
 from megalens.tiny import make_model, make_text
 
@@ -186,8 +186,7 @@ def test_the_untouched_subject_rebuilds_a_whole_context_exactly(lens, loader):
 
 def test_the_subject_reads_copies_without_adapters_and_the_lens_with(lens, loader):
     texts = context_tails(lens.tokenizer, loader.batch["input_ids"], loader.batch["position"], 4)
-    bos = bos_ids(lens.tokenizer)
-    alone = lens.subject.residual(torch.tensor([bos + to_ids(lens.tokenizer, texts[:1])[0]]))[0, -1]
+    alone = lens.subject.residual(torch.tensor([lens.tokenizer(texts[0])["input_ids"]]))[0, -1]
     torch.testing.assert_close(read_by_subject(lens, texts).a_hat_BD[0], alone, atol=1e-4, rtol=1e-4)
     ids_BT, lengths_B = pad(to_ids(lens.tokenizer, texts))
     torch.testing.assert_close(read_by_lens(lens, texts).a_hat_BD, lens.reconstruct(ids_BT, lengths_B))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalens.evaluate.text import bos_ids, is_text, pad, to_ids, to_texts
+from megalens.data.pretokenize import encode
+from megalens.evaluate.text import is_text, pad, to_ids, to_texts
 from megalens.lens.lens import ConsistencyLens
 
 LABELS = {
@@ -65,9 +66,8 @@ def read_by_lens(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
 
 
 def read_by_subject(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
-    """The untouched subject's own residual at the last token of strings, nothing else before them."""
-    bos = bos_ids(lens.tokenizer)
-    ids_BT, lengths_B = pad([bos + row for row in to_ids(lens.tokenizer, texts)])
+    """The untouched subject's own residual at the last token of strings, nothing before them but what its tokenizer always puts there."""
+    ids_BT, lengths_B = pad(encode(lens.tokenizer, texts))
     failed_B = torch.tensor([not is_text(text) for text in texts]) | (lengths_B == 0)
     ids_BT = ids_BT if ids_BT.shape[1] else ids_BT.new_zeros(len(texts), 1)
     resid_BTD = lens.subject.residual(ids_BT.to(lens.mean.device))

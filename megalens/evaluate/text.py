@@ -41,12 +41,6 @@ def round_trips(tokenizer, ids_BT: Tensor, texts: list[str]) -> list[bool]:
     return [row == again for row, again in zip(ids_BT.tolist(), to_ids(tokenizer, texts), strict=True)]
 
 
-def bos_ids(tokenizer) -> list[int]:
-    """``[bos]`` where the tokenizer itself puts one first, else ``[]``."""
-    first = tokenizer("")["input_ids"][:1]
-    return first if first and first[0] == tokenizer.bos_token_id else []
-
-
 def pieces(tokenizer, ids: list[int]) -> list[str]:
     """The text of each token, spaces kept; joined, they are the text of all.
 
@@ -69,4 +63,9 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 def visible(text: str) -> str:
     """A string that can be printed on one line of any terminal or page: control and direction-changing characters become signs."""
-    return "".join(_PICTURES.get(c, "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c) for c in text)
+    return "".join(_PICTURES.get(c, "\ufffd" if _is_control(c) else c) for c in text)
+
+
+def _is_control(character: str) -> bool:
+    joiners = "\u200c\u200d"  # Persian and emoji need them
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in joiners
