@@ -9,6 +9,7 @@ import torch
 
 from megalens.config import Config, ConfigError
 from megalens.data import dump
+from megalens.data.shards import REDUMP
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
 from megalens.lens.subject import resolve_device
@@ -34,7 +35,8 @@ def check_ready(config: Config) -> torch.device:
     for split in ("train", "val"):
         wrong = dump.check(config, split)
         if wrong is not None:
-            raise ConfigError(wrong)
+            mend = "" if "dump_acts" in wrong else f"; {REDUMP}"
+            raise ConfigError(f"{wrong}{mend}")
     return device
 
 
