@@ -1,0 +1,35 @@
+"""Which device and dtype this machine computes with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megalens.config import Config, ConfigError
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: this process's GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError(
+            "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def resolve_dtype(config: Config) -> str:
+    """``float32`` or ``bfloat16``; ``dtype=auto`` is bf16 on GPUs and on CPUs with bf16 instructions (others emulate it, several times slower)."""
+    if config.dtype != "auto":
+        return {"bf16": "bfloat16", "fp32": "float32"}[config.dtype]
+    on_gpu, capabilities = resolve_device(config.device).type == "cuda", torch.cpu.get_capabilities()
+    return (
+        "bfloat16" if on_gpu or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16") else "float32"
+    )
