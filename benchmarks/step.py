@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--size smol] [--batch 32] [--dtype fp32] [--terms full] [--repeats 5]
 
-One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run. A step is
-forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM, ``--terms mse`` MSE alone.
-Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured in a fresh process per side: peak
-resident set minus the resident set after loading. Prints one JSON line per configuration.
+One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run.
+A step is forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM,
+``--terms mse`` MSE alone. Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured
+in a fresh process per side: peak resident set minus the resident set after loading. Prints one JSON line per configuration.
 """
 
 from __future__ import annotations

@@ -26,10 +26,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(config: Config) -> str:
-    """``float32`` or ``bfloat16``; ``dtype=auto`` is bf16 on GPUs and on CPUs with bf16 instructions (others emulate it, several times slower)."""
+    """``float32`` or ``bfloat16``; ``dtype=auto`` is bf16 on GPUs and on CPUs with bf16 instructions.
+
+    Other CPUs emulate bf16, several times slower than float32.
+    """
     if config.dtype != "auto":
         return {"bf16": "bfloat16", "fp32": "float32"}[config.dtype]
-    on_gpu, capabilities = resolve_device(config.device).type == "cuda", torch.cpu.get_capabilities()
-    return (
-        "bfloat16" if on_gpu or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16") else "float32"
-    )
+    capabilities = torch.cpu.get_capabilities()
+    native = resolve_device(config.device).type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"

@@ -130,14 +130,8 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
     settings = _load_model_config(config)
     _check_layer(config, settings)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
-    model = _from_pretrained(
-        AutoModelForCausalLM,
-        config,
-        config=settings,
-        dtype=getattr(torch, resolve_dtype(config)),
-        attn_implementation=attention,
-        use_safetensors=True,
-    )
+    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention, "use_safetensors": True}
+    model = _from_pretrained(AutoModelForCausalLM, config, config=settings, **options)
     lm = CausalLM(model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
