@@ -43,7 +43,7 @@ def test_resuming_neither_drops_nor_repeats(dump, start, world):
 def test_an_epoch_holds_no_row_twice(dump, window):
     loader = ActivationLoader(dump[0], B, 0, window_bytes=window)
     assert (loader.num_rows, loader.steps_per_epoch) == (250, 10)
-    epoch = sum(sample_ids(dump[0], 10, window=window), [])
+    epoch = [i for batch in sample_ids(dump[0], 10, window=window) for i in batch]
     assert len(set(epoch)) == 240
 
 

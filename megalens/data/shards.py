@@ -132,8 +132,8 @@ class ShardWriter:
 
     Args:
         folder: the dump's folder.
-        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16`` or
-            ``int32``), ``rows``, ``rows_per_shard`` and ``rows_per_batch``; two writers work on one dump exactly when their headers are equal.
+        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16``
+            or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work on one dump.
     """
 
     def __init__(self, folder: str | Path, header: dict):
@@ -152,7 +152,7 @@ class ShardWriter:
         return range(first, min(first + self.header["rows_per_shard"], self.header["rows"]))
 
     def begin(self) -> str | None:
-        """Join or start the work. What an unfinished dump with another header left is removed; a finished one must be gone (:func:`discard`).
+        """Join or start the work. What an unfinished dump with another header left is removed; a finished one stays (see :func:`discard`).
 
         Returns:
             why something was removed, or None.
@@ -187,12 +187,19 @@ class ShardWriter:
         """Is shard ``index`` complete?"""
         return (self.work / f"{index:05d}.json").exists() or (self.folder / "meta.json").exists()
 
+    def rows_written(self) -> int:
+        """Rows of all complete shards."""
+        if (self.folder / "meta.json").exists():
+            return self.header["rows"]
+        return sum(len(self.shard_rows(int(path.stem))) for path in self.work.glob("[0-9]*.json"))
+
     def write(self, index: int, rows: dict[str, Tensor]) -> None:
         """Write shard ``index``, then the record that says it is complete.
 
         Args:
             index: which one.
-            rows: ``activation [N, d]``, ``input_ids [N, C]`` (0 behind ``position``), ``position [N]``, ``doc_id [N]``, N that of :meth:`shard_rows`.
+            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is that
+                of :meth:`shard_rows`.
 
         Raises:
             DataError: an activation is not finite, or the disk is full.
@@ -411,12 +418,19 @@ def _batch_rows(rows: int, per_batch: int) -> np.ndarray:
     return np.minimum(per_batch, rows - np.arange(0, rows, per_batch, dtype=np.int64))
 
 
-def _problem(path: Path, record: dict) -> str | None:
-    """What is wrong with a shard's file, or None."""
+def file_problem(path: Path, size: int) -> str | None:
+    """What is wrong with a shard's file at first sight, or None."""
     if not path.exists():
         return f"shard {path} is missing"
-    if path.stat().st_size != record["bytes"]:
-        return f"shard {path} has {path.stat().st_size} bytes instead of {record['bytes']}: it is cut short or not of this dump"
+    if path.stat().st_size != size:
+        return f"shard {path} has {path.stat().st_size} bytes instead of {size}: it is cut short or not of this dump"
+    return None
+
+
+def _problem(path: Path, record: dict) -> str | None:
+    """What is wrong with a shard's file, or None."""
+    if problem := file_problem(path, record["bytes"]):
+        return problem
     if checksum_of(path) != record["checksum"]:
         return f"shard {path} does not match its checksum: it is damaged or not of this dump"
     return None
