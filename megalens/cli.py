@@ -1,0 +1,51 @@
+"""What every command does alike: ``--help`` prints the docstring, an error is one line and exit code 1."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+
+
+def run(main: Callable[[list[str]], int | None], doc: str) -> None:
+    """Call ``main`` with the command's arguments and exit.
+
+    Args:
+        main: takes ``sys.argv[1:]``, returns the exit code (None: 0).
+        doc: the command's docstring, printed for ``--help`` and ``-h``.
+
+    An error of ours (a ``ValueError`` or ``OSError`` class defined in megalens) and a full or forbidden disk become one line on
+    stderr and exit code 1; anything else is a bug and keeps its traceback.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(doc.strip())
+        sys.exit(0)
+    try:
+        code = main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, OSError) as error:
+        if not _is_expected(error):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _is_expected(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] == "megalens" or (isinstance(error, OSError) and error.errno in _ENVIRONMENT)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(str(error).split())

@@ -1,0 +1,284 @@
+"""The dump: one pass of the subject over the pretokenized text, one row per sampled position, into shards.
+
+Any number of processes dump together without talking to each other. The rows, their order and the forward batches are fixed by the
+configuration (:mod:`megalens.data.sampling`); a shard is the piece of work a process claims. One that is killed loses its claim with
+its life, and the next that comes by makes the shard again, the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megalens.config import Config
+from megalens.data import DataError
+from megalens.data.encoding import bytes_per_value
+from megalens.data.files import Lock
+from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
+from megalens.data.sampling import Plan, Rows
+from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
+from megalens.device import resolve_dtype
+from megalens.lens.subject import Subject, load_subject, subject_fingerprint
+
+SPLITS = ("train", "val")
+
+
+def dump(config: Config) -> None:
+    """Make both splits' dumps, unless valid ones are there; to be called by every rank.
+
+    An unfinished dump is gone on with. ``config.force_redump`` makes finished ones anew. A finished dump of other settings is not
+    touched without it.
+
+    Raises:
+        DataError: no pretokenized text, fewer rows than asked for, a finished dump of other settings is in the way, a full disk.
+    """
+    called = time.time()
+    todo = [split for split in SPLITS if not _kept(config, split, called)]
+    if not todo:
+        return
+    plans, tokens = {}, {}
+    for split in todo:
+        tokens[split] = load_tokens(config, split)
+        plans[split] = plan_rows(config, split, tokens[split])
+    subject = load_subject(config, upto_block=config.layer_l)
+    writers = {split: _writer(config, split, plans[split], subject) for split in todo}
+    _check_space(writers)
+    for split in todo:
+        discard(writers[split].folder, older_than=called)
+        if note := writers[split].begin():
+            say(note)
+    for wait in (False, True):  # first what nobody works at, then what a killed rank may leave
+        for split in todo:
+            _work(config, subject, tokens[split], plans[split], writers[split], wait)
+
+
+def check(config: Config, split: str) -> str | None:
+    """Why the dump of ``split`` can not serve this configuration; None: it can."""
+    folder, want = config.activation_dir(split), config.activation_dumper
+    try:
+        meta = read_meta(folder)
+    except DataError as error:
+        return str(error)
+    wanted = {
+        "subject": {"name": config.model_label, "fingerprint": subject_fingerprint(config)},
+        "tokenizer": tokenizer_identity(config),
+        "layer": config.layer_l,
+        "split": split,
+        "seed": config.dataset.split_seed,
+        "seq_len": want.seq_len,
+        "min_pos": want.min_pos,
+        "vectors_per_sequence": want.vectors_per_sequence,
+        "dataset": dataset_identity(config, source_may_be_gone=True),
+    }
+    for key, value in wanted.items():
+        if difference := first_difference(meta[key], value):
+            return f"the dump in {folder} has another {key} ({difference})"
+    if (meta["encoding"] == "fp32") != (want.encoding == "fp32"):
+        return f"the dump in {folder} has another precision (encoding: {meta['encoding']} there, {want.encoding} now)"
+    rows = meta["rows_available"] if _asked(config, split) is None else _asked(config, split)
+    if meta["rows"] != rows:
+        return f"the dump in {folder} holds {meta['rows']} rows, and {_key(split)} asks for {rows}"
+    problems = (file_problem(folder / shard["file"], shard["bytes"]) for shard in meta["shards"])
+    return next((f"{problem}; {REDUMP}" for problem in problems if problem), None)
+
+
+def plan_rows(config: Config, split: str, tokens: datasets.Dataset) -> Plan:
+    """The rows of a split.
+
+    Raises:
+        DataError: the corpus has fewer than were asked for.
+    """
+    settings, asked = config.activation_dumper, _asked(config, split)
+    plan = Plan(
+        np.asarray(tokens.data["doc_id"]),
+        pa.compute.list_value_length(tokens.data["input_ids"]).to_numpy().astype(np.int64),
+        seed=config.dataset.split_seed,
+        seq_len=settings.seq_len,
+        min_pos=settings.min_pos,
+        per_document=settings.vectors_per_sequence,
+        rows_per_shard=settings.rows_per_shard,
+        rows=asked,
+    )
+    if plan.available < (asked or 1):
+        raise DataError(
+            f"activation_dumper.{_key(split)}={asked or -1} can not be met: {len(tokens)} {split} documents give {plan.available} rows at "
+            f"seq_len={settings.seq_len}, min_pos={settings.min_pos}, vectors_per_sequence={settings.vectors_per_sequence}; lower it or "
+            "min_pos, or raise vectors_per_sequence"
+        )
+    return plan
+
+
+def say(text: str) -> None:
+    """Print a line, once for all ranks."""
+    if _rank() == 0:
+        print(text, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def _key(split: str) -> str:
+    return "num_samples" if split == "train" else "val_num_samples"
+
+
+def _asked(config: Config, split: str) -> int | None:
+    number = getattr(config.activation_dumper, _key(split))
+    return None if number == -1 else number
+
+
+def _kept(config: Config, split: str, called: float) -> bool:
+    """Is the dump that is there to be kept? (With force_redump: only one that another rank of this command has just made.)"""
+    folder = config.activation_dir(split)
+    path = folder / "meta.json"
+    if not path.exists() or (config.force_redump and path.stat().st_mtime < called):
+        return False
+    if reason := check(config, split):
+        raise DataError(reason if REDUMP in reason else f"{reason}; name another activation_dumper.root, or {REDUMP}")
+    shutil.rmtree(folder / ".work", ignore_errors=True)
+    say(f"{split}: the {read_meta(folder)['rows']:,} rows in {folder} are valid and kept")
+    return True
+
+
+def _writer(config: Config, split: str, plan: Plan, subject: Subject) -> ShardWriter:
+    settings, vocabulary = config.activation_dumper, vocab_size(config)
+    header = {
+        "subject": {"name": config.model_label, "fingerprint": subject.fingerprint},
+        "tokenizer": tokenizer_identity(config),
+        "layer": config.layer_l,
+        "d": subject.d,
+        "dtype": resolve_dtype(config),
+        "encoding": settings.encoding,
+        "token_type": "uint16" if vocabulary <= 1 << 16 else "int32",
+        "vocab_size": vocabulary,
+        "split": split,
+        "seed": config.dataset.split_seed,
+        "seq_len": settings.seq_len,
+        "min_pos": settings.min_pos,
+        "vectors_per_sequence": settings.vectors_per_sequence,
+        "dataset": dataset_identity(config),
+        "rows": plan.rows,
+        "rows_available": plan.available,
+        "rows_per_shard": settings.rows_per_shard,
+        "rows_per_batch": settings.rows_per_batch,
+    }
+    return ShardWriter(config.activation_dir(split), header)
+
+
+def _check_space(writers: dict[str, ShardWriter]) -> None:
+    """Say how large the dumps will be, and refuse to start what can not fit."""
+    needed = 0
+    for split, writer in writers.items():
+        head = writer.header
+        context = (head["seq_len"] + head["min_pos"]) / 2 * (2 if head["token_type"] == "uint16" else 4)
+        size = head["rows"] * (head["d"] * bytes_per_value(head["encoding"]) + context)
+        say(f"{split}: {head['rows']:,} rows of width {head['d']} in {writer.num_shards:,} shards, about {_size(size)}, to {writer.folder}")
+        needed += size * (1 - writer.rows_written() / head["rows"])
+    folder = next(parent for parent in writer.folder.parents if parent.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise DataError(
+            f"the dump needs about {_size(needed)} and {_size(free)} are free on the disk of {folder}; free some, lower "
+            "activation_dumper.num_samples, or name another activation_dumper.root"
+        )
+
+
+def _size(count: float) -> str:
+    unit, name = next((u, n) for u, n in [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")] if count >= u or u == 1)
+    return f"{count / unit:.3g} {name}"
+
+
+def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan, writer: ShardWriter, wait: bool) -> None:
+    """Make the shards that can be claimed, one being written while the next is read out; the last rank to leave writes ``meta.json``."""
+    written = writer.rows_written()
+    if written == plan.rows and writer.finish():
+        return
+    label = f"dumping {writer.header['split']}"
+    with tqdm(total=plan.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
+        with ThreadPoolExecutor(1) as background:
+            pending = None
+            for index in range(writer.num_shards):
+                lock = writer.claim(index, wait)
+                if lock is None:
+                    continue
+                with ExitStack() as on_error:
+                    on_error.callback(lock.release)
+                    rows = _read_out(config, subject, tokens, plan.shard(index), bar.update)
+                    if pending is not None:
+                        pending.result()
+                    on_error.pop_all()
+                pending = background.submit(_store, writer, index, rows, lock)
+                bar.n = max(bar.n, writer.rows_written())
+            if pending is not None:
+                pending.result()
+        bar.n = writer.rows_written()
+    writer.finish()
+
+
+def _store(writer: ShardWriter, index: int, rows: dict[str, Tensor], lock: Lock) -> None:
+    try:
+        writer.write(index, {name: value.cpu() for name, value in rows.items()})
+    finally:
+        lock.release()
+
+
+def _read_out(
+    config: Config, subject: Subject, tokens: datasets.Dataset, rows: Rows, progress: Callable[[int], object]
+) -> dict[str, Tensor]:
+    """The rows of one shard, from forward batches of documents of like length, each cut behind its last sampled position."""
+    settings = config.activation_dumper
+    ids_KC, doc_id_K = _contexts(tokens, rows.source_K, settings.seq_len)
+    length_K = np.zeros(len(rows.source_K), np.int64)
+    np.maximum.at(length_K, rows.document_N, rows.position_N + 1)
+    activation_ND = None
+    for documents, members, places in _forward_batches(rows, length_K, settings.batch_size):
+        width = min(settings.seq_len, -(-int(length_K[documents].max()) // 8) * 8)
+        ids_BC = torch.from_numpy(ids_KC[documents, :width]).long().to(subject.device)
+        resid_BCD = subject.residual(ids_BC)
+        if activation_ND is None:
+            activation_ND = resid_BCD.new_empty(len(rows.position_N), resid_BCD.shape[-1])
+        index = torch.from_numpy(np.stack([places, members, rows.position_N[places]])).to(subject.device)
+        activation_ND[index[0]] = resid_BCD[index[1], index[2]]
+        progress(len(places))
+    return {
+        "activation": activation_ND,
+        "input_ids": torch.from_numpy(ids_KC[rows.document_N]),
+        "position": torch.from_numpy(rows.position_N),
+        "doc_id": torch.from_numpy(doc_id_K[rows.document_N]),
+    }
+
+
+def _forward_batches(rows: Rows, length_K: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Documents of a forward batch, longest last; for each of their rows, which of these documents it is of, and its place in the shard."""
+    order = np.argsort(length_K, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    rank_N = rank[rows.document_N]
+    places = np.argsort(rank_N, kind="stable")
+    for first in range(0, len(order), batch_size):
+        begin, end = np.searchsorted(rank_N[places], [first, first + batch_size])
+        yield order[first : first + batch_size], rank_N[places[begin:end]] - first, places[begin:end]
+
+
+def _contexts(tokens: datasets.Dataset, source_K: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids ``[K, seq_len]`` int32 of documents, cut or padded with 0, and their ``doc_id``."""
+    table = tokens.with_format("arrow")[source_K]
+    lists = table["input_ids"].combine_chunks()
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    length_K = np.minimum(np.diff(offsets), seq_len)
+    column = np.arange(seq_len)
+    inside = column < length_K[:, None]
+    ids_KC = np.zeros((len(source_K), seq_len), np.int32)
+    ids_KC[inside] = values[(offsets[:-1, None] + column)[inside]]
+    return ids_KC, table["doc_id"].to_numpy()

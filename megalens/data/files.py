@@ -1,0 +1,150 @@
+"""Files that appear whole or not at all, locks that die with their holder, and checksums."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from megalens.data import DataError
+
+
+class ChecksumFile:
+    """A binary file that counts and hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.bytes, self._hash, self.closed = file, 0, xxhash.xxh3_64(), False
+
+    def write(self, data) -> int:
+        """Write all of ``data``."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.bytes += len(view)
+        self.file.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """The file itself is closed by whoever opened it."""
+
+    @property
+    def checksum(self) -> str:
+        """xxh3_64 of everything written, 16 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def new_file(path: Path, scratch: Path | None = None) -> Iterator[ChecksumFile]:
+    """Write a file that gets its name only when it is complete and on the disk.
+
+    Args:
+        path: the final name; what stands there is replaced in one go.
+        scratch: folder of the unfinished file, on the same disk; None: beside the final one.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    unfinished = (scratch or path.parent) / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    try:
+        with unfinished.open("wb") as file:
+            yield ChecksumFile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise explain_full_disk(error, path.parent) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def explain_full_disk(error: OSError, folder: Path) -> OSError | DataError:
+    """The error itself, or a readable one when the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(
+            f"no space left on the disk of {folder}; free some, or put the data on another disk, and run the same command again"
+        )
+    return error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum_of(path: Path) -> str:
+    """xxh3_64 of a file, 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Lock:
+    """An exclusive lock on a file, held by an open descriptor: the kernel frees it when its process dies, however it dies.
+
+    Args:
+        path: the lock's file, made if its folder is there.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._descriptor = path, -1
+
+    def acquire(self, wait: bool) -> bool:
+        """True when the lock is ours; False when another holds it and ``wait`` is off.
+
+        Raises:
+            FileNotFoundError: the lock's folder is gone.
+        """
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            if _is_file(descriptor, self.path):
+                self._descriptor = descriptor
+                return True
+            os.close(descriptor)  # the file was removed while we waited for it
+
+    def release(self) -> None:
+        """Free the lock; its file stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Lock:
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,270 @@
+"""One way to walk through a Hugging Face causal LM, whatever its family: embedding, numbered blocks, final norm, vocabulary.
+
+The blocks are the library's own modules, called with explicit positions, masks and key-value cache; what differs between families
+(names, learned positions, soft-caps, embedding scale, sliding windows, several rotary bases) is settled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalens.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its parts, as attribute names of the base model (and the block's name for its cache)."""
+
+    blocks: str = "layers"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    learned_positions: str | None = None
+    cache_argument: str = "past_key_values"
+
+
+FAMILIES = {
+    "gpt2": Family(blocks="h", embedding="wte", norm="ln_f", learned_positions="wpe"),
+    "gpt_neox": Family(embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+}
+
+
+class KVCache:
+    """Keys and values by block, appended to by the blocks' attention (``update`` is the call they make). Differentiable.
+
+    A stored batch of 1 is broadcast to the batch of what is appended, so that a static prompt is run once for all rows.
+    """
+
+    def __init__(self, parent: KVCache | None = None):
+        self.parent = parent
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, block: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Append ``[B, heads, Q, head_dim]`` to what block ``block`` holds and return all of it, ``[B, heads, K, head_dim]``."""
+        past = self.stored.get(block) or (self.parent and self.parent.stored.get(block))
+        if past:
+            key, value = (
+                torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, (key, value), strict=True)
+            )
+        self.stored[block] = (key, value)
+        return key, value
+
+    def fork(self) -> KVCache:
+        """A cache that starts from this one and leaves it as it is."""
+        return KVCache(self)
+
+
+class Vocabulary(nn.Module):
+    """The output and input embedding matrices as one module, so that sharded engines gather them around a vocabulary operation.
+
+    Called with a function of ``(out_weight_VD, in_weight_VD, bias_V or None)`` that returns a tensor or a tuple of tensors.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = model.get_output_embeddings()
+        self.out_weight = head.weight
+        self.in_weight = model.get_input_embeddings().weight
+        self.bias = getattr(head, "bias", None)
+
+    def forward(self, use: Callable):
+        return use(self.out_weight, self.in_weight, self.bias)
+
+
+class CausalLM(nn.Module):
+    """The parts of a causal LM, addressed by block number.
+
+    Args:
+        model: a Hugging Face causal LM of the Llama / Qwen / Mistral / Gemma / GPT-2 / GPT-NeoX kind.
+
+    Raises:
+        ConfigError: a model of another make.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.family = FAMILIES.get(self.config.model_type, Family())
+        base = model.base_model
+        missing = [name for name in (self.family.blocks, self.family.embedding, self.family.norm) if not hasattr(base, name)]
+        if missing:
+            raise ConfigError(f"models of type '{self.config.model_type}' are not known: {type(base).__name__} has no {missing[0]}")
+        self.vocabulary = Vocabulary(model)
+        self.adapted: list[nn.Module] = []  # layers that carry adapters
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.eager = self.config._attn_implementation == "eager"
+        rotary = getattr(base, "rotary_emb", None)
+        self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        for module in model.modules():  # the base is never trained with dropout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+                module.attention_dropout = 0.0
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its vocabulary head."""
+        return self.model.base_model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        return getattr(self.base, self.family.blocks)
+
+    @property
+    def width(self) -> int:
+        """d, the width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.vocabulary.in_weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings ``[..., D]`` as the first block expects them (Gemma's scale included), without learned positions."""
+        return getattr(self.base, self.family.embedding)(ids)
+
+    @property
+    def embed_scale(self) -> float | Tensor:
+        """What the family multiplies rows of the embedding matrix with (sqrt(d) for Gemma, else 1)."""
+        return getattr(getattr(self.base, self.family.embedding), "embed_scale", 1.0)
+
+    def enter(self, embeds_BSD: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream before block 0: embeddings plus learned positions, where the family has them."""
+        if self.family.learned_positions is None:
+            return embeds_BSD
+        return embeds_BSD + getattr(self.base, self.family.learned_positions)(positions)
+
+    def run(
+        self,
+        hidden_BSD: Tensor,
+        first: int,
+        last: int,
+        positions: Tensor,
+        key_positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        own: dict[int, nn.Module] | None = None,
+    ) -> Tensor:
+        """Blocks ``first .. last - 1`` over the residual stream.
+
+        Args:
+            hidden_BSD: residual stream before block ``first``.
+            positions: ``[1 or B, S]`` position of each query in its sequence.
+            key_positions: ``[1 or B, K]`` position of each key, cached ones first; a key is seen by queries at its position or
+                later, and never when its position is negative. None: the queries are the only keys.
+            cache: earlier keys and values of these blocks; appended to.
+            own: modules to use in place of the model's own blocks.
+        """
+        rotary = self._rotary(hidden_BSD, positions)
+        masks = {kind: self._mask(kind, positions, key_positions, hidden_BSD.dtype) for kind in {self._kind(i) for i in range(first, last)}}
+        for index in range(first, last):
+            block = own[index] if own and index in own else self.blocks[index]
+            kind = self._kind(index)
+            hidden_BSD = block(
+                hidden_BSD,
+                attention_mask=masks[kind],
+                position_ids=positions,
+                position_embeddings=rotary[kind] if self.rotary_by_type else rotary,
+                use_cache=cache is not None,
+                **{self.family.cache_argument: cache},
+            )
+        return hidden_BSD
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary head reads."""
+        return getattr(self.base, self.family.norm)(hidden)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Next-token logits in float32 (float64 stays), soft-cap included, from :meth:`final_norm`'s output."""
+        logits = self.vocabulary(lambda out, _, bias: nn.functional.linear(normed, out, bias))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _kind(self, block: int) -> str:
+        types = getattr(self.config, "layer_types", None)
+        if types is not None:
+            return types[block]
+        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+
+    def _rotary(self, hidden: Tensor, positions: Tensor):
+        rotary = getattr(self.base, "rotary_emb", None)
+        if rotary is None:
+            return None
+        if self.rotary_by_type:
+            return {kind: rotary(hidden, positions, kind) for kind in set(self.config.layer_types)}
+        return rotary(hidden, positions)
+
+    def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """``[1 or B, 1, S, K]``, or None where the attention's own causal rule (or no rule at all) says the same."""
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(f"attention of type '{kind}' (model type '{self.config.model_type}') is not known")
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        keys = positions if key_positions is None else key_positions
+        reach = keys.shape[-1]
+        if key_positions is None and not self.eager and (window is None or window >= reach):
+            return None
+        keys, queries = keys[:, None, :], positions[:, :, None]
+        allowed = (keys <= queries) & (keys >= 0)
+        if window is not None:
+            allowed &= keys > queries - window
+        allowed = allowed[:, None]
+        if self.eager:
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return allowed
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def add_adapter(lm: CausalLM, name: str, blocks: range, lora) -> dict[str, nn.Parameter]:
+    """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
+
+    Returns the new, trainable parameters by their name within ``lm``; the trainability of all others stays as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
+    chosen = [lm.blocks[i] for i in blocks]
+    prefixes = tuple(f"{path}." for path, module in lm.model.named_modules() if any(module is block for block in chosen))
+    linear = [p for p, m in lm.model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and p.startswith(prefixes) and ".lora_" not in p]
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted({p.removesuffix(".base_layer") for p in linear})
+    )
+    trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, lm.model, adapter_name=name)
+    added = {n: p for n, p in lm.named_parameters() if ".lora_" in n and f".{name}." in n}
+    for n, p in lm.named_parameters():
+        p.requires_grad_(n in added or n in trainable)
+        if n in added:
+            p.data = p.data.to(lm.dtype)
+    lm.adapted = [module for module in lm.model.modules() if isinstance(module, LoraLayer)]
+    for layer in lm.adapted:
+        layer._active_adapter = []
+    return added
+
+
+@contextmanager
+def adapter(lm: CausalLM, name: str | None):
+    """Run the shared base with the adapters called ``name``; without any when None.
+
+    peft's own ``set_adapter`` also flips ``requires_grad``, which must not happen between the roles of one step.
+    """
+    before = [layer._active_adapter for layer in lm.adapted]
+    for layer in lm.adapted:
+        layer._active_adapter = [name] if name else []
+    try:
+        yield
+    finally:
+        for layer, active in zip(lm.adapted, before, strict=True):
+            layer._active_adapter = active

@@ -1,0 +1,176 @@
+"""The lens: subject, verbalizer and reconstructor as the one module that engines shard, and its training step's loss."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalens.config import Config, ConfigError
+from megalens.lens.objective import kl_from_logits, relative_mse, resample_error, weighted_sum
+from megalens.lens.reconstructor import Reconstructor
+from megalens.lens.subject import Subject, load_subject, load_tokenizer
+from megalens.lens.verbalizer import Text, Verbalizer
+from megalens.lens.warmstart import tail_ids
+from megalens.ops import noise_keys, vocab_kl
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the training a loss is taken: the optimizer step (for the noise) and the scheduled values."""
+
+    update: int
+    tau: float
+    alpha: float
+
+
+class ConsistencyLens(nn.Module):
+    """A verbalizer and a reconstructor on one shared, frozen subject.
+
+    Args:
+        subject: the frozen LLM.
+        tokenizer: its tokenizer.
+        mean_D, var_D: per-dimension mean and variance of the training activations.
+
+    Raises:
+        ConfigError: ``layer_l`` is the last block while the activation enters there (no block above to speak).
+    """
+
+    def __init__(self, config: Config, subject: Subject, tokenizer, mean_D: Tensor, var_D: Tensor):
+        super().__init__()
+        if mean_D.shape != (subject.d,):
+            raise ConfigError(f"the activations are {len(mean_D)} wide, {config.model_name} is {subject.d} wide: they are of another model")
+        if config.verbalizer.inject == "block" and config.layer_l + 1 >= subject.num_blocks:
+            raise ConfigError(f"layer_l={config.layer_l} is the last block: no block above it can speak; set verbalizer.inject=embedding")
+        self.config, self.subject, self.tokenizer = config, subject, tokenizer
+        self.register_buffer("mean", mean_D.float(), persistent=False)
+        self.register_buffer("var", var_D.float(), persistent=False)
+        with torch.random.fork_rng(devices=[]):  # the adapters' initial values are a function of the seed alone
+            torch.manual_seed(config.seed)
+            self.verbalizer = Verbalizer(config, subject.lm, tokenizer, mean_D, var_D)
+            self.reconstructor = Reconstructor(config, subject.lm, tokenizer, mean_D, var_D)
+        plain = tokenizer(config.verbalizer.plain_prompt)["input_ids"] or [tokenizer.eos_token_id]
+        self.register_buffer("plain_ids", torch.tensor([plain]), persistent=False)
+        self.to(subject.device)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: dict[str, Tensor], at: Step) -> dict[str, Tensor]:
+        """The loss of a batch and, detached, each of its terms.
+
+        Only what a weight asks for is computed; the terms of weight 0 that come for free (``mse``, ``entropy`` of a round trip) are
+        there too, and cost no backward.
+        """
+        weights = self.loss_weights(at)
+        a_BD = batch["activation"]
+        terms: dict[str, Tensor] = {}
+        if weights["tail_say"] or weights["tail_read"]:
+            tail_BT = self.tail_ids(batch)
+            if weights["tail_say"]:
+                terms["tail_say"] = -self.verbalizer.say(a_BD, tail_BT).mean()
+            if weights["tail_read"]:
+                terms["tail_read"] = relative_mse(a_BD, self.reconstructor(self.subject.lm.embed(tail_BT)))
+        if any(weights[name] for name in ("mse", "kl", "lm", "entropy")):
+            terms |= self._round_trip(batch, at, weights)
+        loss = weighted_sum(terms, weights)
+        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+
+    def loss_weights(self, at: Step) -> dict[str, float]:
+        """The weight of every term at a step."""
+        c = self.config
+        return {
+            "mse": c.mse_weight,
+            "kl": c.kl_base_weight,
+            "lm": c.lm_base_weight * at.alpha,
+            "entropy": -c.entropy_weight,
+            "tail_say": c.tail_say_weight,
+            "tail_read": c.tail_read_weight,
+        }
+
+    def _round_trip(self, batch: dict[str, Tensor], at: Step, weights: dict[str, float]) -> dict[str, Tensor]:
+        a_BD, c = batch["activation"], self.config
+        needs_text_gradient = (c.text_gradient and (weights["mse"] or weights["kl"])) or weights["lm"] or weights["entropy"]
+        with nullcontext() if needs_text_gradient else torch.no_grad():
+            text = self.verbalizer.decode(a_BD, lambda t: noise_keys(c.seed, at.update, batch["sample_id"], t), at.tau, c.gumbel_noise)
+        embeds_BTD = text.embeds_BTD if c.text_gradient else text.embeds_BTD.detach()
+        a_hat_BD = self.reconstructor(embeds_BTD)
+        terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": text.entropy_BT.mean()}
+        if weights["kl"]:
+            terms["kl"] = self._functional_kl(batch, a_hat_BD).mean()
+        if weights["lm"]:
+            terms["lm"] = self._lm_kl(text).mean()
+        return terms
+
+    def _functional_kl(self, batch: dict[str, Tensor], a_hat_BD: Tensor) -> Tensor:
+        """KL(M(a) || M(a_hat + delta)) per row, delta the error of the row's partner."""
+        read = self.subject.read(batch["input_ids"], batch["position"])
+        delta_BD = resample_error(batch["activation"].to(a_hat_BD.dtype), a_hat_BD)
+        return kl_from_logits(read.logits_BV, self.subject.patched_logits(read, a_hat_BD + delta_BD))
+
+    def _lm_kl(self, text: Text) -> Tensor:
+        """KL(verbalizer || subject on the plain-text prompt) per row and token ``[B, T]``; the subject is a constant."""
+        plain_BTD = self.subject.next_states(self.plain_ids, text.ids_BT)
+        shape, width = text.ids_BT.shape, text.normed_BTD.shape[-1]
+        lm = self.subject.lm
+        return lm.vocabulary(
+            lambda out, _, bias: vocab_kl(
+                text.normed_BTD.reshape(-1, width), plain_BTD.reshape(-1, width), out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap
+            )
+        ).view(shape)
+
+    # ------------------------------------------------------------------------------------------------------- using
+
+    @torch.no_grad()
+    def verbalize(self, a_BD: Tensor) -> Tensor:
+        """Greedy explanations ``[B, t_text]`` (token ids) of activations ``[B, D]``."""
+        return self.verbalizer.decode(a_BD.to(self.mean.device)).ids_BT
+
+    @torch.no_grad()
+    def reconstruct(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Activations ``[B, D]`` (float32) rebuilt from right-padded token ids; a length may be 0."""
+        device = self.mean.device
+        return self.reconstructor(self.subject.lm.embed(ids_BT.to(device)), lengths_B.to(device))
+
+    def tail_ids(self, batch: dict[str, Tensor]) -> Tensor:
+        """The contexts' tails ``[B, t_text]`` in ``tail_order``."""
+        return tail_ids(batch["input_ids"], batch["position"], self.config.t_text, self.config.tail_order)
+
+    # ------------------------------------------------------------------------------------------------- its parameters
+
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trainable parameters by group (``projection_layers``, ``prompts``, ``base_model``) and name in the state dict."""
+        groups: dict[str, dict[str, nn.Parameter]] = {"projection_layers": {}, "prompts": {}, "base_model": {}}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                head = "prompts" if ".prompt." in name or ".suffix." in name else "projection_layers"
+                groups["base_model" if ".lora_" in name or ".own" in name else head][name] = parameter
+        return groups
+
+    def lens_state_names(self) -> list[str]:
+        """Names in the state dict of all that is not the frozen subject: what a checkpoint of the lens holds."""
+        return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]
+
+    def load_lens_state(self, state: dict[str, Tensor]) -> None:
+        """Take over the weights of a checkpoint.
+
+        Raises:
+            ConfigError: weights are missing, unknown, or of another shape.
+        """
+        parameters = dict(self.named_parameters())
+        wanted = {name: tuple(parameters[name].shape) for name in self.lens_state_names()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ConfigError(
+                    f"the checkpoint does not fit this lens: {name} is {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                )
+        with torch.no_grad():
+            for name, value in state.items():
+                parameters[name].copy_(value)
+
+
+def build_lens(config: Config, mean_D: Tensor, var_D: Tensor) -> ConsistencyLens:
+    """A fresh lens for a configuration, from the subject's model and the training activations' statistics."""
+    return ConsistencyLens(config, load_subject(config), load_tokenizer(config), mean_D, var_D)

@@ -1,0 +1,38 @@
+"""The terms of the loss, as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_mse(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
+    """``|a - a_hat|^2 / |a|^2``, mean over rows; 1 for a rebuild of zero."""
+    a_BD = a_BD.to(a_hat_BD.dtype)
+    return ((a_BD - a_hat_BD).square().sum(-1) / a_BD.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def kl_from_logits(p_logits_BV: Tensor, q_logits_BV: Tensor) -> Tensor:
+    """KL(p || q) per row, in nats."""
+    p, q = p_logits_BV.log_softmax(-1), q_logits_BV.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def resample_error(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
+    """``a' - a_hat'`` of each row's partner, detached: the error another sample's rebuild makes (resample ablation).
+
+    Partners are neighbours (rows 2i and 2i + 1), so that an even share of a global batch gives the same pairs on any number of ranks.
+
+    Raises:
+        ValueError: an odd number of rows.
+    """
+    if len(a_BD) % 2:
+        raise ValueError(f"{len(a_BD)} rows on a rank can not be paired: batch_size / ranks must be even when kl_base_weight is not 0")
+    error_BD = (a_BD - a_hat_BD).detach()
+    return error_BD.view(-1, 2, error_BD.shape[-1]).flip(1).reshape(error_BD.shape)
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The loss: what has a weight, times it. A term of weight 0 takes no part in the backward pass."""
+    parts = [weights[name] * value for name, value in terms.items() if weights.get(name)]
+    return torch.stack(parts).sum()

@@ -1,0 +1,82 @@
+"""The reconstructor: text in, activation out, through the subject's own first ``layer_l + 1`` blocks."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from megalens.config import Config
+from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
+from megalens.lens.verbalizer import PromptEmbedding, StandardisedLinear
+
+
+class Reconstructor(nn.Module):
+    """Rebuilds an activation from an explanation: prompt, text, suffix; the last position's residual; a head that starts as the identity.
+
+    Args:
+        lm: the subject's model, shared and frozen.
+        tokenizer: the subject's.
+        mean_D, var_D: statistics of the training activations.
+    """
+
+    def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
+        super().__init__()
+        self.__dict__["lm"] = lm  # shared: registered once, in the subject
+        options, self.last = config.reconstructor, config.layer_l + 1
+        prompt_ids = tokenizer(options.prompt)["input_ids"] or [tokenizer.eos_token_id]
+        suffix_ids = tokenizer(options.suffix, add_special_tokens=False)["input_ids"]
+        device = lm.vocabulary.in_weight.device
+        self.length = len(prompt_ids)
+        self.prompt = PromptEmbedding(lm.embed(torch.tensor(prompt_ids, device=device)))
+        self.suffix = PromptEmbedding(lm.embed(torch.tensor(suffix_ids, device=device, dtype=torch.long))) if suffix_ids else None
+        for part in filter(None, (self.prompt, self.suffix)):
+            part.requires_grad_(options.trainable_prompt)
+        std_D = var_D.clamp_min(1e-12).sqrt()
+        self.head = StandardisedLinear(mean_D, std_D, mean_D, std_D, lm.dtype)
+        trained = range(self.last)
+        self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
+        self.own.requires_grad_(True)
+        self.adapter = "reconstructor" if options.mode == "lora" else None
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora) if self.adapter else {}
+
+    def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Rebuild activations ``[B, D]`` (float32) from text embeddings, right-padded to T.
+
+        Args:
+            embeds_BTD: embeddings of the text's tokens.
+            lengths_B: tokens of each text, 0 allowed; None: all T.
+        """
+        batch, reach = embeds_BTD.shape[:2]
+        if self.suffix is not None:
+            embeds_BTD = self._with_suffix(embeds_BTD, lengths_B)
+        last_B = torch.full((batch,), reach, device=embeds_BTD.device) if lengths_B is None else lengths_B
+        last_B = last_B + (embeds_BTD.shape[1] - reach)
+        with adapter(self.lm, self.adapter):
+            hidden_BD = self._read(embeds_BTD, last_B)
+        return self.head(hidden_BD)
+
+    def _read(self, embeds_BSD: Tensor, last_B: Tensor) -> Tensor:
+        """Residual stream after the last block, at the prompt's last position (``last_B = 0``) or the text's ``last_B``-th token."""
+        own = {int(i): block for i, block in self.own.items()}
+        positions = torch.arange(self.length + embeds_BSD.shape[1], device=embeds_BSD.device)[None]
+        cache = KVCache()
+        prompt_1LD = self.lm.enter(self.prompt(), positions[:, : self.length])
+        prompt_1LD = self.lm.run(prompt_1LD, 0, self.last, positions[:, : self.length], cache=cache, own=own)
+        hidden = prompt_1LD[:, -1:].expand(len(last_B), -1, -1)
+        if embeds_BSD.shape[1]:
+            text = self.lm.enter(embeds_BSD.to(prompt_1LD.dtype), positions[:, self.length :])
+            text = self.lm.run(text, 0, self.last, positions[:, self.length :], positions, cache, own)
+            hidden = torch.cat([hidden, text], dim=1)
+        return hidden[torch.arange(len(last_B), device=hidden.device), last_B]
+
+    def _with_suffix(self, embeds_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
+        """``[B, T + S, D]``: the suffix right behind each text, padding last."""
+        batch, reach, _ = embeds_BTD.shape
+        joined = torch.cat([embeds_BTD, self.suffix().expand(batch, -1, -1).to(embeds_BTD.dtype)], dim=1)
+        if lengths_B is None:
+            return joined
+        place = torch.arange(joined.shape[1], device=joined.device)[None]
+        source = torch.where(place < lengths_B[:, None], place, (place - lengths_B[:, None] + reach).clamp_max(joined.shape[1] - 1))
+        return joined.gather(1, source[..., None].expand(-1, -1, joined.shape[2]))

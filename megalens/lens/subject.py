@@ -1,0 +1,204 @@
+"""The subject: the frozen LLM under study. Reads activations, and says what it would say next were one of them another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megalens.config import Config, ConfigError
+from megalens.device import resolve_device, resolve_dtype
+from megalens.lens.causal_lm import CausalLM, KVCache, adapter
+
+
+@dataclass
+class Read:
+    """One read of a batch of contexts: the activation at P, the true next-token logits there, and what patching needs."""
+
+    activation_BD: Tensor
+    logits_BV: Tensor
+    cache: KVCache
+    position_B: Tensor
+    context: int
+
+
+class Subject(nn.Module):
+    """A frozen causal LM and the block whose output is studied.
+
+    Args:
+        lm: the model.
+        layer_l: activations are the residual stream after this block (0-based; Hugging Face's ``hidden_states[layer_l + 1]``,
+            but before the final norm when it is the last block).
+        fingerprint: identifies the weights.
+    """
+
+    def __init__(self, lm: CausalLM, layer_l: int, fingerprint: str):
+        super().__init__()
+        self.lm = lm
+        self.layer_l = layer_l
+        self.fingerprint = fingerprint
+        self.num_blocks = lm.config.num_hidden_layers
+        self.lm.requires_grad_(False)
+        self.eval()
+
+    @property
+    def d(self) -> int:
+        """Width of an activation."""
+        return self.lm.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.lm.vocabulary.in_weight.device
+
+    @torch.no_grad()
+    def residual(self, input_ids_BC: Tensor) -> Tensor:
+        """Residual stream ``[B, C, D]`` after block ``layer_l`` at every position; right padding changes nothing before it."""
+        with adapter(self.lm, None):
+            return self._lower(input_ids_BC)[0]
+
+    @torch.no_grad()
+    def read(self, input_ids_BC: Tensor, position_B: Tensor) -> Read:
+        """Read right-padded contexts once.
+
+        Args:
+            input_ids_BC: token ids; what stands behind ``position_B`` is never seen.
+            position_B: the position P of each row.
+        """
+        with adapter(self.lm, None):
+            resid_BCD, positions = self._lower(input_ids_BC)
+            rows = torch.arange(len(position_B), device=position_B.device)
+            cache = KVCache()
+            hidden_BCD = self.lm.run(resid_BCD, self.layer_l + 1, self.num_blocks, positions, cache=cache)
+            logits_BV = self.lm.logits(self.lm.final_norm(hidden_BCD[rows, position_B]))
+        return Read(resid_BCD[rows, position_B], logits_BV, cache, position_B, input_ids_BC.shape[1])
+
+    def patched_logits(self, read: Read, a_BD: Tensor) -> Tensor:
+        """Next-token logits ``[B, V]`` at P with the activation replaced by ``a_BD``; differentiable in it.
+
+        Exact: causal attention keeps everything before P as it was, so one token goes through the blocks above ``layer_l``, on the
+        keys and values of the read.
+        """
+        position_B1 = read.position_B[:, None]
+        context = torch.arange(read.context, device=a_BD.device)[None]
+        key_positions = torch.cat([torch.where(context < position_B1, context, -1), position_B1], dim=1)
+        with adapter(self.lm, None):
+            hidden_B1D = a_BD.to(self.lm.dtype)[:, None]
+            hidden_B1D = self.lm.run(hidden_B1D, self.layer_l + 1, self.num_blocks, position_B1, key_positions, read.cache.fork())
+            return self.lm.logits(self.lm.final_norm(hidden_B1D[:, 0]))
+
+    @torch.no_grad()
+    def next_states(self, prompt_ids_1L: Tensor, ids_BT: Tensor) -> Tensor:
+        """Normed hidden states ``[B, T, D]`` from which the subject itself would say each token of a text behind a plain prompt."""
+        length, text = prompt_ids_1L.shape[1], ids_BT.shape[1]
+        positions = torch.arange(length + text - 1, device=ids_BT.device)[None]
+        cache = KVCache()
+        with adapter(self.lm, None):
+            hidden = self.lm.enter(self.lm.embed(prompt_ids_1L), positions[:, :length])
+            hidden = self.lm.run(hidden, 0, self.num_blocks, positions[:, :length], cache=cache)[:, -1:].expand(len(ids_BT), -1, -1)
+            if text > 1:
+                rest = self.lm.enter(self.lm.embed(ids_BT[:, :-1]), positions[:, length:])
+                rest = self.lm.run(rest, 0, self.num_blocks, positions[:, length:], positions, cache)
+                hidden = torch.cat([hidden, rest], dim=1)
+            return self.lm.final_norm(hidden)
+
+    def _lower(self, input_ids_BC: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(input_ids_BC.shape[1], device=input_ids_BC.device)[None]
+        hidden = self.lm.enter(self.lm.embed(input_ids_BC), positions)
+        return self.lm.run(hidden, 0, self.layer_l + 1, positions), positions
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_subject(config: Config, upto_block: int | None = None) -> Subject:
+    """The subject of ``config.model_name``, on its device and in its dtype.
+
+    Args:
+        upto_block: keep only blocks ``0 .. upto_block`` (for a dump, which needs no more); None: all.
+
+    Raises:
+        ConfigError: no such model, or ``layer_l`` is not a block of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = _load_model_config(config)
+    _check_layer(config, settings)
+    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
+    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention, "use_safetensors": True}
+    model = _from_pretrained(AutoModelForCausalLM, config, config=settings, **options)
+    lm = CausalLM(model)
+    if upto_block is not None:
+        del lm.blocks[upto_block + 1 :]
+    return Subject(lm, config.layer_l, subject_fingerprint(config)).to(resolve_device(config.device))
+
+
+def load_tokenizer(config: Config):
+    """The subject's tokenizer (or ``tokenizer_name``'s)."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A short hash of everything that turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def subject_fingerprint(config: Config) -> str:
+    """A short hash of the model's settings and weights, without loading them: its config, each weight file's size, header and samples."""
+    folder = _model_folder(config)
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(17):
+                file.seek(i * max(0, size - 65536) // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def _model_folder(config: Config) -> Path:
+    if os.path.isdir(config.model_name):
+        return Path(config.model_name)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(config.model_name, "config.json")).parent
+
+
+def _load_model_config(config: Config):
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config)
+
+
+def _check_layer(config: Config, settings) -> None:
+    blocks = settings.num_hidden_layers
+    if config.layer_l >= blocks:
+        raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
+
+
+def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
+    name = name or settings.model_name
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
+        mend = (
+            "; `make demo` or python tools/prepare_demo.py makes it"
+            if "SmolLM2" in name
+            else "; python tools/make_tiny.py makes it"
+            if "tiny" in name
+            else ""
+        )
+        raise ConfigError(f"model folder {name} does not exist{mend}")
+    try:
+        return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"can not load {name}: {reason}") from None

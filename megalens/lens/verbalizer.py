@@ -1,0 +1,181 @@
+"""The verbalizer: an activation in, ``t_text`` tokens of text out, differentiable through the whole decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalens.config import Config
+from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
+from megalens.ops import gumbel_embed
+
+
+class PromptEmbedding(nn.Module):
+    """Embeddings ``[L, D]`` of a prompt, trainable or not; a module so that sharded engines gather them."""
+
+    def __init__(self, init_LD: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(init_LD.detach().clone())
+
+    def forward(self) -> Tensor:
+        """``[1, L, D]``."""
+        return self.weight[None] * 1.0  # never the parameter itself: a sharded engine takes it away again
+
+
+class StandardisedLinear(nn.Module):
+    """``offset + scale * (W z + b)`` of ``z = (x - mean) / std``; W starts as the identity, b as 0.
+
+    Standardising keeps the few dimensions of huge variance from drowning the rest. With ``offset = mean`` and ``scale = std``
+    it starts as the identity.
+    """
+
+    def __init__(self, mean_D: Tensor, std_D: Tensor, offset_D: Tensor, scale_D: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.linear = nn.Linear(len(mean_D), len(mean_D), dtype=dtype)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        for name, value in {"mean": mean_D, "std": std_D, "offset": offset_D, "scale": scale_D}.items():
+            self.register_buffer(name, value.float().clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]`` in float32 (float64 stays)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        z = self.linear(((wide - self.mean) / self.std).to(self.linear.weight.dtype))
+        return self.offset + self.scale * z.to(wide.dtype)
+
+
+@dataclass
+class Text:
+    """What a decode gives: ids ``[B, T]``, embeddings ``[B, T, D]`` (straight-through), the normed hidden states each token was drawn
+    from ``[B, T, D]``, and log-probability and entropy of each draw ``[B, T]``, in nats."""
+
+    ids_BT: Tensor
+    embeds_BTD: Tensor
+    normed_BTD: Tensor
+    log_prob_BT: Tensor
+    entropy_BT: Tensor
+
+
+class Verbalizer(nn.Module):
+    """Says what an activation holds.
+
+    The prompt's slot takes the projected activation: in place of the slot's residual after block ``layer_l`` (``inject: block``; the
+    blocks above go on from there as if the subject itself had been there), or in place of its embedding.
+
+    Args:
+        lm: the subject's model, shared and frozen.
+        tokenizer: the subject's.
+        mean_D, var_D: statistics of the training activations.
+    """
+
+    def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
+        super().__init__()
+        self.__dict__["lm"] = lm  # shared: registered once, in the subject
+        options, self.t_text = config.verbalizer, config.t_text
+        left, right = options.prompt.split("<act>")
+        left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
+        embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
+        vocabulary = lm.vocabulary.in_weight.float() * lm.embed_scale
+        slot = vocabulary.mean(0, keepdim=True).to(embeddings.dtype)
+        self.slot, self.length = len(left_ids), len(left_ids) + 1 + len(right_ids)
+        self.prompt = PromptEmbedding(torch.cat([embeddings[: self.slot], slot, embeddings[self.slot :]]))
+        self.prompt.requires_grad_(options.trainable_prompt)
+        self.enters = config.layer_l + 1 if options.inject == "block" else 0
+        self.blocks = lm.config.num_hidden_layers
+        std_D = var_D.clamp_min(1e-12).sqrt()
+        if options.inject == "block":
+            offset_D, scale_D = mean_D, std_D
+        else:
+            offset_D, scale_D = torch.zeros_like(mean_D), vocabulary.norm(dim=-1).mean().cpu() / len(mean_D) ** 0.5 * torch.ones_like(std_D)
+        self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
+        trained = range(self.enters, self.blocks)
+        self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
+        self.own_norm = deepcopy(getattr(lm.base, lm.family.norm)) if options.mode == "full" else None
+        self.own.requires_grad_(True)
+        if self.own_norm is not None:
+            self.own_norm.requires_grad_(True)
+        self.adapter = "verbalizer" if options.mode == "lora" and len(trained) else None
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora) if self.adapter else {}
+
+    def forward(self, method: str, *args, **options):
+        """Every use goes through here, so that engines' hooks on the module see it."""
+        with adapter(self.lm, self.adapter):
+            return getattr(self, f"_{method}")(*args, **options)
+
+    def decode(self, a_BD: Tensor, keys: Callable[[int], Tensor] | None = None, tau: float = 1.0, noise: float = 1.0) -> Text:
+        """Decode ``t_text`` tokens from activations ``[B, D]``.
+
+        Args:
+            keys: noise key ``[B]`` of each token index (:func:`megalens.ops.noise_keys`); None: greedy, without noise.
+            tau: temperature of the straight-through gradient.
+            noise: scale of the Gumbel noise.
+        """
+        return self("decode", a_BD, keys, tau, noise)
+
+    def say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Log-probabilities ``[B, T]`` of saying the given tokens, teacher-forced."""
+        return self("say", a_BD, ids_BT)
+
+    def _start(self, a_BD: Tensor) -> tuple[Tensor, KVCache]:
+        """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position."""
+        lm, slot, own = self.lm, self.slot, self._own()
+        positions = torch.arange(self.length, device=a_BD.device)[None]
+        cache = KVCache()
+        hidden_1LD = lm.enter(self.prompt(), positions)
+        hidden_1LD = lm.run(hidden_1LD, 0, self.enters, positions, cache=cache, own=own)
+        if slot:
+            lm.run(hidden_1LD[:, :slot], self.enters, self.blocks, positions[:, :slot], cache=cache, own=own)
+        value_B1D = self.projection(a_BD)[:, None].to(hidden_1LD.dtype)
+        if self.enters == 0:
+            value_B1D = lm.enter(value_B1D, positions[:, slot : slot + 1])
+        hidden = torch.cat([value_B1D, hidden_1LD[:, slot + 1 :].expand(len(a_BD), -1, -1)], dim=1)
+        hidden = lm.run(hidden, self.enters, self.blocks, positions[:, slot:], positions, cache, own)
+        return hidden[:, -1], cache
+
+    def _append(self, embeds_BSD: Tensor, already: int, cache: KVCache) -> Tensor:
+        """Run text tokens behind the prompt and ``already`` earlier ones; hidden states ``[B, S, D]``."""
+        end = self.length + already + embeds_BSD.shape[1]
+        positions = torch.arange(self.length + already, end, device=embeds_BSD.device)[None]
+        keys = torch.arange(end, device=embeds_BSD.device)[None]
+        return self.lm.run(self.lm.enter(embeds_BSD, positions), 0, self.blocks, positions, keys, cache, self._own())
+
+    def _decode(self, a_BD: Tensor, keys, tau: float, noise: float) -> Text:
+        hidden_BD, cache = self._start(a_BD)
+        still = torch.zeros(len(a_BD), dtype=torch.long, device=a_BD.device)
+        ids, embeds, normed, log_probs, entropies = [], [], [], [], []
+        for t in range(self.t_text):
+            normed_BD = self._norm(hidden_BD)
+            ids_B, embeds_BD, log_prob_B, _, entropy_B = self.lm.vocabulary(
+                lambda out, into, bias, h=normed_BD, t=t: tuple(
+                    gumbel_embed(
+                        h, out, into, tau, still if keys is None else keys(t),
+                        noise=0.0 if keys is None else noise, bias_V=bias, softcap=self.lm.softcap,
+                    )
+                )
+            )  # fmt: skip
+            embeds_BD = embeds_BD * self.lm.embed_scale
+            for kept, value in zip(
+                (ids, embeds, normed, log_probs, entropies), (ids_B, embeds_BD, normed_BD, log_prob_B, entropy_B), strict=True
+            ):
+                kept.append(value)
+            if t < self.t_text - 1:
+                hidden_BD = self._append(embeds_BD[:, None].to(hidden_BD.dtype), t, cache)[:, 0]
+        return Text(*(torch.stack(kept, dim=1) for kept in (ids, embeds, normed, log_probs, entropies)))
+
+    def _say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
+        hidden_BD, cache = self._start(a_BD)
+        hidden_BTD = hidden_BD[:, None]
+        if ids_BT.shape[1] > 1:
+            hidden_BTD = torch.cat([hidden_BTD, self._append(self.lm.embed(ids_BT[:, :-1]), 0, cache)], dim=1)
+        logits = self.lm.logits(self._norm(hidden_BTD))
+        return -nn.functional.cross_entropy(logits.flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return self.lm.final_norm(hidden) if self.own_norm is None else self.own_norm(hidden)
+
+    def _own(self) -> dict[int, nn.Module]:
+        return {int(i): block for i, block in self.own.items()}

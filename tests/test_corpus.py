@@ -1,0 +1,150 @@
+"""Text from every source, cleaned, and divided by document."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from megalens.config import config_from_dict
+from megalens.data import DataError
+from megalens.data.corpus import load_documents, source_fingerprint
+
+TEXTS = [f"Document {i} is long enough to count, for it has more than twelve words." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.builder.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+def load(name, **keys):
+    return load_documents(config_from_dict({"dataset": {"name": str(name), **keys}}))
+
+
+def documents(name, **keys) -> dict[int, str]:
+    found = load(name, **keys)
+    return {row["doc_id"]: row["text"] for split in found.values() for row in split}
+
+
+def write_jsonl(path, texts, column="text"):
+    path.write_text("".join(json.dumps({column: text, "other": 1}) + "\n" for text in texts))
+    return path
+
+
+def test_every_kind_of_local_file_gives_the_same_documents(tmp_path):
+    expected = dict(enumerate(TEXTS))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    (tmp_path / "lines.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "paragraphs.txt").write_text("\n\n".join(TEXTS))
+    pa.parquet.write_table(pa.table({"title": TEXTS, "text": TEXTS}), tmp_path / "a.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "1.jsonl", TEXTS[:10])
+    write_jsonl(folder / "2.jsonl", TEXTS[10:])
+    for name in ["a.json", "lines.txt", "paragraphs.txt", "a.parquet", "folder", write_jsonl(tmp_path / "a.jsonl", TEXTS)]:
+        assert documents(name) == expected, name
+
+
+def test_a_paragraph_keeps_its_lines(tmp_path):
+    wrapped = [text.replace(" for", "\nfor") for text in TEXTS]
+    (tmp_path / "a.txt").write_text("\n\n".join(wrapped))
+    assert documents("a.txt") == dict(enumerate(wrapped))
+
+
+def test_the_packaged_corpus_is_found_where_it_is_made(tmp_path):
+    with pytest.raises(DataError, match=r"prepare_demo\.py"):
+        load("wiki-leads")
+    (tmp_path / "data/corpus").mkdir(parents=True)
+    pa.parquet.write_table(pa.table({"title": TEXTS, "topic": TEXTS, "gloss": TEXTS, "text": TEXTS}), "data/corpus/wiki-leads.parquet")
+    assert documents("wiki-leads") == dict(enumerate(TEXTS))
+
+
+def test_short_and_ambiguous_documents_are_dropped_and_ids_stay(tmp_path):
+    texts = ["too short", *TEXTS[:3], TEXTS[0] + " It may refer to many things.", None, *TEXTS[3:9]]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    assert sorted(documents("a.jsonl")) == [1, 2, 3, *range(6, 12)]
+    assert documents("a.jsonl")[7] == TEXTS[4]
+    assert sorted(documents("a.jsonl", max_documents=3)) == [1, 2]
+
+
+def test_the_division_is_by_text_and_steady(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS * 2)
+    found = load("a.jsonl", val_fraction=0.3)
+    train, val = (set(found[split]["text"]) for split in ["train", "val"])
+    assert not train & val
+    assert 4 <= len(val) <= 20
+    assert train | val == set(TEXTS)
+    assert set(load("a.jsonl", val_fraction=0.3)["val"]["text"]) == val
+    assert set(load("a.jsonl", val_fraction=0.3, max_documents=20)["val"]["text"]) <= val
+    assert set(load("a.jsonl", val_fraction=0.3, split_seed=1)["val"]["text"]) != val
+
+
+def test_both_sides_have_a_document_however_small_the_fraction(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:2])
+    for fraction in [1e-9, 1 - 1e-9]:
+        assert {name: len(split) for name, split in load("a.jsonl", val_fraction=fraction).items()} == {"train": 1, "val": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "few words"}\n', r"a\.jsonl has no usable document in column 'text'.*min_words"),
+        ("a.jsonl", '{"body": "few words"}\n', r"no column 'text'; set dataset.text_column to one of: body"),
+        ("a.jsonl", '{"text": 5}\n', r"no usable document"),
+        ("a.jsonl", "", r"can not read .*a\.jsonl"),
+        ("a.jsonl", '{"text": \n', r"can not read .*a\.jsonl"),
+        ("a.txt", "", r"a\.txt"),
+        ("a.parquet", "no parquet", r"can not read .*a\.parquet"),
+        ("a.csv", "x,y", r"holds no file that can be read"),
+        ("a.jsonl", json.dumps({"text": TEXTS[0]}), r"single usable document"),
+    ],
+)
+def test_an_unusable_corpus_is_one_line_that_names_it(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_mixed_folder_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
+        load("gone.jsonl")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a.txt").write_text(TEXTS[0])
+    write_jsonl(tmp_path / "mixed/b.jsonl", TEXTS)
+    with pytest.raises(DataError, match="several kinds"):
+        load("mixed")
+
+
+def test_a_dataset_of_the_hub_is_loaded_by_name_and_split(monkeypatch):
+    def load_dataset(name, config_name, split):
+        assert (name, config_name) == ("SimpleStories/SimpleStories", "default")
+        return datasets.Dataset.from_dict({"story": TEXTS[:30] if split == "train" else TEXTS[30:]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = load("SimpleStories/SimpleStories", config_name="default", text_column="story", val_split="test")
+    assert {name: len(split) for name, split in found.items()} == {"train": 30, "val": 10}
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"can not read a/b: Couldn't reach 'a/b' on the Hub"):
+        load("a/b")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    config = config_from_dict({"dataset": {"name": str(write_jsonl(tmp_path / "a.jsonl", TEXTS))}})
+    first = source_fingerprint(config)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert source_fingerprint(config) == first
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[1:])
+    assert source_fingerprint(config) != first

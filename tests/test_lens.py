@@ -1,0 +1,266 @@
+"""Verbalizer, reconstructor and their loss, on tiny models of several families."""
+
+import pytest
+import torch
+
+from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
+from megalens.lens.lens import Step, build_lens
+from megalens.lens.objective import relative_mse, resample_error
+from megalens.lens.reference import ReferenceStep
+from megalens.lens.warmstart import tail_ids
+from megalens.ops import noise_keys
+from megalens.tiny import make_model
+
+AT = Step(update=3, tau=0.8, alpha=0.5)
+KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mistral"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: str(make_model(tmp_path_factory.mktemp("model") / kind, kind=kind)) for kind in KINDS}
+
+
+def make_lens(folder, mode="frozen", inject="block", **keys):
+    verbalizer = Verbalizer(prompt="a thing<act> is about", inject=inject, mode=mode)
+    reconstructor = Reconstructor(prompt="it says:", suffix=keys.pop("suffix", ""), mode=mode)
+    config = Config(
+        model_name=folder,
+        layer_l=1,
+        t_text=5,
+        dtype="fp32",
+        device="cpu",
+        verbalizer=verbalizer,
+        reconstructor=reconstructor,
+        lora=Lora(r=4),
+        **keys,
+    )
+    generator = torch.Generator().manual_seed(5)
+    return build_lens(config, torch.randn(64, generator=generator), torch.rand(64, generator=generator) + 0.5)
+
+
+def make_batch(rows=4, context=12):
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 500, (rows, context), generator=generator)
+    position = torch.randint(6, context, (rows,), generator=generator)
+    return {
+        "activation": torch.randn(rows, 64, generator=generator),
+        "input_ids": ids,
+        "position": position,
+        "sample_id": torch.arange(rows) + 100,
+        "doc_id": torch.arange(rows),
+    }
+
+
+def perturb(lens, scale=0.05):
+    """Move every trainable parameter off its start, so that no role is the identity."""
+    torch.manual_seed(11)
+    for parameter in lens.parameters():
+        if parameter.requires_grad:
+            parameter.data += scale * torch.randn_like(parameter)
+    return lens
+
+
+@pytest.mark.parametrize("inject", ["block", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_decode_equals_uncached_decode(folders, kind, inject):
+    lens = perturb(make_lens(folders[kind], mode="full", inject=inject))
+    a_BD, sample_ids = make_batch()["activation"], torch.arange(4)
+    text = lens.verbalizer.decode(a_BD, lambda t: noise_keys(0, 1, sample_ids, t))
+    for t in range(lens.config.t_text):
+        normed = uncached_normed(lens, a_BD, text.embeds_BTD[:, :t])
+        torch.testing.assert_close(text.normed_BTD[:, t], normed, atol=1e-4, rtol=1e-4)
+
+
+def uncached_normed(lens, a_BD, embeds_BtD):
+    """The last position's normed hidden state with everything run again, without a cache."""
+    v, lm = lens.verbalizer, lens.subject.lm
+    own = {int(i): block for i, block in v.own.items()}
+    x = torch.cat([v.prompt().expand(len(a_BD), -1, -1), embeds_BtD], dim=1)
+    value = v.projection(a_BD)
+    if v.enters == 0:
+        x = torch.cat([x[:, : v.slot], value[:, None], x[:, v.slot + 1 :]], dim=1)
+    positions = torch.arange(x.shape[1])[None]
+    x = lm.run(lm.enter(x, positions), 0, v.enters, positions, own=own)
+    if v.enters:
+        x = torch.cat([x[:, : v.slot], value[:, None], x[:, v.slot + 1 :]], dim=1)
+    return v._norm(lm.run(x, v.enters, v.blocks, positions, own=own)[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saying_a_decoded_text_has_the_decodes_probability(folders, kind):
+    lens = perturb(make_lens(folders[kind], mode="lora"))
+    a_BD = make_batch()["activation"]
+    text = lens.verbalizer.decode(a_BD)
+    torch.testing.assert_close(lens.verbalizer.say(a_BD, text.ids_BT), text.log_prob_BT, atol=1e-4, rtol=1e-4)
+
+
+def test_straight_through_embeddings_are_the_tokens_embeddings(folders):
+    lens = make_lens(folders["gemma2"])
+    text = lens.verbalizer.decode(make_batch()["activation"], lambda t: noise_keys(0, 1, torch.arange(4), t))
+    torch.testing.assert_close(text.embeds_BTD, lens.subject.lm.embed(text.ids_BT), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_reconstructor_is_the_truncated_subject(folders, kind, mode):
+    lens = make_lens(folders[kind], mode=mode)
+    prompt = lens.tokenizer("it says:")["input_ids"]
+    ids = make_batch()["input_ids"][:, :5]
+    whole = torch.cat([torch.tensor([prompt]).expand(4, -1), ids], dim=1)
+    torch.testing.assert_close(lens.reconstruct(ids, torch.full((4,), 5)), lens.subject.residual(whole)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["", " so"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_padding_behind_a_text_changes_nothing(folders, kind, suffix):
+    lens = perturb(make_lens(folders[kind], mode="lora", suffix=suffix))
+    ids, lengths = make_batch()["input_ids"][:, :5], torch.tensor([5, 0, 3, 1])
+    padded = lens.reconstruct(ids, lengths)
+    for row, length in enumerate(lengths):
+        alone = lens.reconstruct(ids[row : row + 1, :length], length[None])
+        torch.testing.assert_close(padded[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_training_the_roles_leaves_the_subject_as_it_was(folders):
+    lens, ids = make_lens(folders["llama"], mode="lora"), make_batch()["input_ids"]
+    before = lens.subject.read(ids, torch.full((4,), 11)).logits_BV
+    perturb(lens, 0.5)
+    assert torch.equal(lens.subject.read(ids, torch.full((4,), 11)).logits_BV, before)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders, mode):
+    lens = perturb(
+        make_lens(
+            folders["llama"],
+            mode=mode,
+            kl_base_weight=1.0,
+            lm_base_weight=1.0,
+            entropy_weight=0.1,
+            tail_say_weight=1.0,
+            tail_read_weight=1.0,
+        )
+    )
+    out = lens(make_batch(), AT)
+    out["loss"].backward()
+    assert set(out) == {"loss", "mse", "kl", "lm", "entropy", "tail_say", "tail_read"}
+    trained = [name for group in lens.parameter_groups().values() for name in group]
+    without = [name for name in trained if (p := dict(lens.named_parameters())[name]).grad is None or not p.grad.abs().sum() > 0]
+    assert not without, without
+    assert all(p.grad is None for name, p in lens.named_parameters() if name not in trained)
+    assert set(trained) == set(lens.lens_state_names())
+    if mode != "frozen":
+        assert lens.parameter_groups()["base_model"]
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(folders):
+    weights = {
+        "mse_weight": 2.0,
+        "kl_base_weight": 0.7,
+        "lm_base_weight": 0.3,
+        "entropy_weight": 0.1,
+        "tail_say_weight": 0.2,
+        "tail_read_weight": 0.4,
+    }
+    out = make_lens(folders["llama"], **weights)(make_batch(), AT)
+    expected = (
+        2.0 * out["mse"]
+        + 0.7 * out["kl"]
+        + 0.3 * AT.alpha * out["lm"]
+        - 0.1 * out["entropy"]
+        + 0.2 * out["tail_say"]
+        + 0.4 * out["tail_read"]
+    )
+    torch.testing.assert_close(out["loss"].detach(), expected)
+
+
+def test_a_term_of_weight_zero_is_reported_but_has_no_backward(folders):
+    lens = make_lens(folders["llama"], mse_weight=0.0, tail_say_weight=1.0)
+    assert "mse" not in lens(make_batch(), AT), "no round trip is run for nothing"
+    lens = make_lens(folders["llama"], mse_weight=0.0, entropy_weight=1.0)
+    out = lens(make_batch(), AT)
+    out["loss"].backward()
+    assert "mse" in out and lens.reconstructor.head.linear.weight.grad is None
+
+
+def test_without_text_gradient_only_the_reconstructor_learns_from_the_rebuild(folders):
+    lens = make_lens(folders["llama"], text_gradient=False)
+    lens(make_batch(), AT)["loss"].backward()
+    assert lens.verbalizer.projection.linear.weight.grad is None
+    assert lens.reconstructor.head.linear.weight.grad.abs().sum() > 0
+
+
+def test_a_sample_draws_the_same_noise_wherever_it_stands(folders):
+    lens, batch = make_lens(folders["llama"], kl_base_weight=1.0, lm_base_weight=1.0), make_batch()
+    halves = [lens({k: v[i : i + 2] for k, v in batch.items()}, AT) for i in (0, 2)]
+    whole = lens(batch, AT)
+    for name in whole:
+        torch.testing.assert_close(sum(half[name] for half in halves) / 2, whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_checkpoint_of_another_shape_is_refused_by_name(folders):
+    lens = make_lens(folders["llama"])
+    state = {name: p.detach().clone() for name, p in lens.named_parameters() if name in lens.lens_state_names()}
+    lens.load_lens_state(state)
+    state["reconstructor.head.linear.weight"] = torch.zeros(32, 32)
+    with pytest.raises(ConfigError, match=r"reconstructor.head.linear.weight is \(32, 32\) there, \(64, 64\) here"):
+        lens.load_lens_state(state)
+
+
+def test_activations_of_another_width_are_refused(folders):
+    config = Config(model_name=folders["llama"], layer_l=1, dtype="fp32", device="cpu")
+    with pytest.raises(ConfigError, match="32 wide"):
+        build_lens(config, torch.zeros(32), torch.ones(32))
+
+
+def test_entering_above_the_last_block_is_refused(folders):
+    config = Config(model_name=folders["llama"], layer_l=3, dtype="fp32", device="cpu")
+    with pytest.raises(ConfigError, match="verbalizer.inject=embedding"):
+        build_lens(config, torch.zeros(64), torch.ones(64))
+
+
+def test_layer_out_of_range_names_the_range(folders):
+    with pytest.raises(ConfigError, match="layer_l is 0 to 3"):
+        build_lens(Config(model_name=folders["llama"], layer_l=4, device="cpu"), torch.zeros(64), torch.ones(64))
+
+
+def test_tails_end_at_the_position_and_never_look_behind_it():
+    ids, position = torch.arange(20).view(2, 10), torch.tensor([9, 2])
+    assert tail_ids(ids, position, 4, "forward").tolist() == [[6, 7, 8, 9], [10, 10, 11, 12]]
+    assert tail_ids(ids, position, 4, "last_first").tolist() == [[9, 7, 8, 9], [12, 10, 11, 12]]
+    assert tail_ids(ids, position, 1, "last_first").tolist() == [[9], [12]]
+
+
+def test_resample_swaps_neighbours_and_refuses_odd_batches():
+    a, a_hat = torch.arange(8.0).view(4, 2), torch.zeros(4, 2)
+    assert resample_error(a, a_hat).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+    with pytest.raises(ValueError, match="must be even"):
+        resample_error(a[:3], a_hat[:3])
+
+
+def test_relative_mse_is_zero_for_the_truth_and_one_for_nothing():
+    a = torch.randn(5, 8)
+    assert relative_mse(a, a) == 0 and relative_mse(a, torch.zeros_like(a)) == 1
+
+
+@pytest.mark.parametrize("inject", ["block", "embedding"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_step_equals_the_plain_reference_step(folders, kind, mode, inject):
+    """Same noise: the same terms, and the same gradient of every trained parameter."""
+    keys = {"kl_base_weight": 1.0, "lm_base_weight": 1.0, "entropy_weight": 0.1, "suffix": " so"}
+    lens = perturb(make_lens(folders[kind], mode=mode, inject=inject, **keys), 0.02).double()
+    batch = make_batch()
+    batch["activation"] = batch["activation"].double()
+    gradients = []
+    for module in (lens, ReferenceStep(lens)):
+        lens.zero_grad()
+        terms = module(batch, AT)
+        terms["loss"].backward()
+        gradients.append((terms, {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}))
+    (fast, fast_gradients), (plain, plain_gradients) = gradients
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-9, rtol=1e-7)
+    assert fast_gradients.keys() == plain_gradients.keys() and fast_gradients
+    for name, gradient in plain_gradients.items():
+        assert (fast_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name

@@ -1,0 +1,147 @@
+"""Tokenizing once: special tokens in text stay text, and what is there and valid is reused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+
+from megalens.config import config_from_dict
+from megalens.data import DataError
+from megalens.data.corpus import load_documents
+from megalens.data.pretokenize import encode, is_current, load_tokens, pretokenize
+from megalens.lens.subject import load_tokenizer
+from megalens.tiny import BOS, EOS, make_model, make_text
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder / "llama")
+    make_model(folder / "gemma2", "gemma2")
+    make_text(folder / "text.jsonl", 60)
+    return folder
+
+
+@pytest.fixture
+def make_config(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(kind="llama", dataset=None, **keys):
+        return config_from_dict(
+            {
+                "model_name": str(place / kind),
+                "layer_l": 2,
+                "dataset": {"name": str(place / "text.jsonl"), **(dataset or {})},
+                "pretokenize": {"root": str(tmp_path / "pretokenized"), "num_proc": 1},
+                **keys,
+            }
+        )
+
+    return make
+
+
+def test_both_splits_hold_every_document_whole(make_config):
+    config = make_config()
+    assert pretokenize(config) == config.pretokenized_dir
+    tokenizer, documents = load_tokenizer(config), load_documents(config)
+    for split in ["train", "val"]:
+        tokens = load_tokens(config, split)
+        assert tokens["doc_id"][:] == documents[split]["doc_id"][:]
+        assert tokenizer.batch_decode(tokens["input_ids"][:]) == documents[split]["text"][:]
+    meta = json.loads((config.pretokenized_dir / "meta.json").read_text())
+    assert meta["splits"]["train"]["documents"] + meta["splits"]["val"]["documents"] == 60
+    assert meta["splits"]["val"]["tokens"] == sum(len(ids) for ids in load_tokens(config, "val")["input_ids"])
+    assert not list(config.pretokenized_dir.rglob("*.cache"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_special_tokens_in_text_are_text(make_config, kind):
+    tokenizer = load_tokenizer(make_config(kind))
+    text = f"before {EOS} between {BOS}{BOS} after"
+    ids = encode(tokenizer, [text])[0]
+    own = ids[1:] if kind == "gemma2" else ids
+    assert not set(own) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(own) == text
+
+
+def test_a_bos_comes_first_where_the_tokenizer_adds_one(make_config):
+    for kind, start in [("llama", []), ("gemma2", [1])]:
+        tokenizer = load_tokenizer(make_config(kind))
+        assert encode(tokenizer, ["a river", ""]) == [start + tokenizer.encode("a river", add_special_tokens=False), start]
+
+
+def test_an_end_token_is_not_put_behind_the_text(make_config):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(make_config())
+    template = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 1), (EOS, 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("a river")["input_ids"][-1] == 0
+    assert encode(tokenizer, ["a river"])[0] == tokenizer("a river")["input_ids"][:-1]
+
+
+def test_a_valid_one_is_reused_and_force_makes_it_anew(make_config):
+    config = make_config()
+    assert "no pretokenized corpus" in is_current(config)
+    made = (pretokenize(config) / "meta.json").stat().st_mtime_ns
+    assert is_current(config) is None
+    assert (pretokenize(config) / "meta.json").stat().st_mtime_ns == made
+    assert (pretokenize(make_config(force_redump=True)) / "meta.json").stat().st_mtime_ns > made
+
+
+def test_other_settings_are_named_and_made_anew(make_config, place):
+    pretokenize(make_config())
+    assert "another tokenizer (fingerprint" in is_current(make_config("gemma2"))
+    assert "another dataset (split_seed: 42 there, 7 now)" in is_current(make_config(dataset={"split_seed": 7}))
+    make_text(place / "text.jsonl", 61)
+    try:
+        assert "another dataset (source" in is_current(make_config())
+    finally:
+        make_text(place / "text.jsonl", 60)
+    pretokenize(make_config(dataset={"split_seed": 7}))
+    assert is_current(make_config(dataset={"split_seed": 7})) is None
+
+
+def test_damage_is_found(make_config):
+    config = make_config()
+    arrow = next((pretokenize(config) / "train").glob("*.arrow"))
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole[:-1])
+    assert "cut short" in is_current(config)
+    arrow.write_bytes(whole[:-2000] + b"x" + whole[-1999:])
+    with pytest.raises(DataError, match=r"damaged.*pretokenize\.py.*force_redump=true"):
+        load_tokens(config, "train")
+    (config.pretokenized_dir / "meta.json").write_text("{")
+    assert "damaged" in is_current(config)
+    pretokenize(config)
+    assert is_current(config) is None
+
+
+def test_an_unusable_corpus_leaves_nothing(make_config):
+    config = make_config(dataset={"min_words": 10**6})
+    with pytest.raises(DataError, match="no usable document"):
+        pretokenize(config)
+    assert not [path for path in config.pretokenized_dir.parent.iterdir() if path.is_dir()]
+
+
+def test_many_processes_give_the_same_tokens(make_config, place, tmp_path):
+    make_text(place / "long.jsonl", 1200)
+    dataset = {"name": str(place / "long.jsonl")}
+    alone = make_config(dataset=dataset, pretokenize={"root": str(tmp_path / "alone"), "num_proc": 1})
+    many = make_config(dataset=dataset, pretokenize={"root": str(tmp_path / "many"), "num_proc": 2})
+    pretokenize(alone), pretokenize(many)
+    for split in ["train", "val"]:
+        assert load_tokens(alone, split)[:] == load_tokens(many, split)[:]
+
+
+def test_ranks_that_start_together_make_it_once(make_config):
+    config = make_config()
+    ranks = [multiprocessing.get_context("spawn").Process(target=pretokenize, args=(config,)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert is_current(config) is None
