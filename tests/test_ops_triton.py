@@ -1,5 +1,6 @@
 """The Triton version without a GPU: equal to the reference in Triton's interpreter, and compiled ahead of time for three chips."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,11 +11,18 @@ import torch
 
 from megalens.ops import OpError, gumbel_embed, noise_keys
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at their first use below
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # the interpreter's unsigned arithmetic wraps, as it should
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Triton reads the variable when the kernels are defined, at the module's first import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module("megalens.ops.gumbel_triton")
 
 
 def run(impl, parts, tau, softcap, tied, bias, wanted, noise=1.0):
@@ -49,12 +57,10 @@ SHAPES = [(B, V, D) for B in (1, 3, 17) for V in (257, 4096) for D in (64, 576)]
 
 @pytest.mark.parametrize(("B", "V", "D"), SHAPES)
 @pytest.mark.parametrize(("dtype", "tau"), [(torch.float32, 1.0), (torch.bfloat16, 0.1)])
-def test_kernels_equal_the_exact_op_in_the_interpreter(monkeypatch, B, V, D, dtype, tau):
+def test_kernels_equal_the_exact_op_in_the_interpreter(monkeypatch, interpreter, B, V, D, dtype, tau):
     if V > 257:  # the interpreter takes the same time for a program of any size: a larger block means fewer
-        from megalens.ops import gumbel_triton
-
-        sizes = gumbel_triton.blocks(B, dtype) | {"BV": 2048, "BD": 64}
-        monkeypatch.setattr(gumbel_triton, "blocks", lambda rows, dtype: dict(sizes))
+        sizes = interpreter.blocks(B, dtype) | {"BV": 2048, "BD": 64}
+        monkeypatch.setattr(interpreter, "blocks", lambda rows, dtype: dict(sizes))
     assert_equals_reference(B, V, D, dtype, tau)
 
 
