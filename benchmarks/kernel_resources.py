@@ -5,7 +5,7 @@
 For each kernel, chip, dtype and number of rows: registers per thread, bytes of stack (a spill would be there), shared memory
 beside the chip's limit per block. All switches are on (bias, soft-cap, untied embeddings): the widest code there is. Width of the
 model and size of the vocabulary are arguments of the kernels and not of their compilation, beyond being multiples of 16, as
-4096, 8192, 128k and 256k are: the figures hold for them all.
+4096, 8192, 128k and 256k are: the figures hold for them all. ``mb``: what one pass over the vocabulary must move at each of those sizes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,15 @@ def resources(compiled) -> dict:
     return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
+def megabytes(name: str, rows: int, vocabulary: int, width: int, dtype: str) -> float:
+    """What a kernel must read and write in one pass over the vocabulary, each number once (embeddings untied)."""
+    size = {"bf16": 2, "fp32": 4}[dtype]
+    blocks = vocabulary / gumbel_triton.blocks(rows, torch.bfloat16)["BV"]
+    if name == "statistics":  # the head's weights; six statistics and an id per block and row
+        return (vocabulary * width * size + 7 * 4 * blocks * rows) / 1e6
+    return (2 * vocabulary * width * size + 2 * rows * vocabulary * size + 4 * blocks * rows) / 1e6  # both embeddings; two factors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED_LIMIT))
@@ -82,6 +91,7 @@ def main() -> None:
                         "triton": triton.__version__,
                     }
                     line |= resources(compiled) | {"shared": compiled.metadata.shared, "shared_limit": SHARED_LIMIT[arch]}
+                    line["mb"] = {f"V{v} D{d}": round(megabytes(name, rows, v, d, dtype)) for v in (131072, 262144) for d in (4096, 8192)}
                     print(json.dumps(line), flush=True)
 
 

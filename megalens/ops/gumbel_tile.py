@@ -21,7 +21,7 @@ from megalens.ops.native import call
 from megalens.ops.noise import split_keys
 from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
 
-FEW_ROWS = 8
+FEW_ROWS = 16
 STATE = 6  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
 
 
