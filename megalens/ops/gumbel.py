@@ -94,8 +94,13 @@ def gumbel_embed(
         return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
 
 
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _fastest(weight_VD: Tensor) -> str:
-    if weight_VD.is_cuda and weight_VD.dtype != torch.float64 and find_spec("triton") is not None:
+    if weight_VD.is_cuda and weight_VD.dtype != torch.float64 and _has_triton():
         return "triton"
     return "tile" if tiles_pay(weight_VD) else "reference"
 
@@ -106,7 +111,7 @@ def _implementation(impl: str, weight_VD: Tensor):
         if weight_VD.device.type != "cpu":
             raise OpError(f'gumbel_embed: impl="tile" is for a CPU, and the weights are on {weight_VD.device}: use "auto"')
         return gumbel_tile
-    if find_spec("triton") is None:
+    if not _has_triton():
         raise OpError('gumbel_embed: impl="triton" needs triton: pip install triton, or use "auto"')
     if weight_VD.dtype == torch.float64:
         raise OpError('gumbel_embed: impl="triton" has no float64: use impl="reference"')

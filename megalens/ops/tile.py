@@ -8,6 +8,7 @@ Tiles lie transposed, ``[T, B]``: a slice of the embedding then enters the produ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -37,9 +38,18 @@ def tiles(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield tile, weight_TD if widened_TD is None else widened_TD[: len(weight_TD)].copy_(weight_TD)
 
 
+@torch.compiler.assume_constant_result
+def tiles_work() -> bool:
+    """Can this machine build the tile version? Where it can not, says so once."""
+    found = library()
+    if isinstance(found, OpError):
+        warnings.warn(f"{found}; until then the vocabulary ops run their plain reference, slowly and in much memory", stacklevel=2)
+    return not isinstance(found, OpError)
+
+
 def tiles_pay(weight_VD: Tensor) -> bool:
     """Are tiles faster than the reference for this embedding? On a CPU with a compiler and from a few tiles on."""
-    return weight_VD.device.type == "cpu" and weight_VD.shape[0] >= 4 * MIN_TILE and not isinstance(library(), OpError)
+    return weight_VD.device.type == "cpu" and weight_VD.shape[0] >= 4 * MIN_TILE and tiles_work()
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
