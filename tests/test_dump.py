@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalens.config import ConfigError, config_from_dict
+from megalens.config import Config, ConfigError, config_from_dict
 from megalens.data import DataError
 from megalens.data.dump import check, dump
 from megalens.data.files import ChecksumFile
@@ -316,21 +316,23 @@ def test_a_disk_that_fills_up_leaves_a_dump_that_goes_on(make_config, monkeypatc
 # ---------------------------------------------------------------------------------------------------- ranks and deaths
 
 
-def run_rank(settings: dict) -> None:
-    torch.set_num_threads(1)
-    dump(config_from_dict(settings))
-
-
 @pytest.fixture(scope="module")
 def forkserver():
-    """Processes that start within a moment: the imports are done once."""
+    """Real processes that start within a moment (the imports are done once), on one thread each, as this one while it lasts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalens.data.dump", "test_dump"])
-    return context
+    context.set_forkserver_preload(
+        ["megalens.data.dump", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
+    torch.set_num_threads(threads)
 
 
-def start(context, settings: dict, ranks: int) -> list:
-    processes = [context.Process(target=run_rank, args=(settings,)) for _ in range(ranks)]
+def start(context, config: Config, ranks: int) -> list:
+    processes = [context.Process(target=dump, args=(config,)) for _ in range(ranks)]
     for process in processes:
         process.start()
     return processes
@@ -338,21 +340,21 @@ def start(context, settings: dict, ranks: int) -> list:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, forkserver, ranks):
-    torch.set_num_threads(1)
-    alone, shared = (keys(place, tmp_path / name, rows_per_shard=10) for name in ["alone", "shared"])
-    dump(config_from_dict(alone))
+    alone, shared = (config_from_dict(keys(place, tmp_path / name, rows_per_shard=10)) for name in ["alone", "shared"])
+    dump(alone)
     processes = start(forkserver, shared, ranks)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
-    assert contents(config_from_dict(shared)) == contents(config_from_dict(alone))
+    assert contents(shared) == contents(alone)
 
 
 def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path, forkserver):
-    torch.set_num_threads(1)
-    alone, killed = (keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4) for name in ["alone", "killed"])
-    dump(config_from_dict(alone))
-    folder = config_from_dict(killed).activation_dir("train")
+    alone, killed = (
+        config_from_dict(keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4)) for name in ["alone", "killed"]
+    )
+    dump(alone)
+    folder = killed.activation_dir("train")
     draw, halfway = random.Random(0), 0
     for _ in range(6):
         before = len(list(folder.glob("*.arrow")))
@@ -369,4 +371,4 @@ def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_p
     (last,) = start(forkserver, killed, 1)
     last.join()
     assert last.exitcode == 0
-    assert contents(config_from_dict(killed)) == contents(config_from_dict(alone))
+    assert contents(killed) == contents(alone)
