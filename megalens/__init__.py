@@ -1,0 +1,14 @@
+"""megalens: train consistency lenses, which say in words what a language model's activation holds and prove it by rebuilding it."""
+
+from __future__ import annotations
+
+__all__ = ["Lens", "TokenExplanation"]
+
+
+def __getattr__(name: str):
+    """``Lens`` and ``TokenExplanation``, loaded when first asked for: ``import megalens`` alone loads no library."""
+    if name in __all__:
+        from megalens import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'megalens' has no attribute '{name}'")

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +30,10 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """A documented dataclass field; a mutable default is copied for each instance."""
     metadata = {"help": text, "choices": choices}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return field(default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default), metadata=metadata)
+        return field(
+            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default),
+            metadata=metadata,
+        )
     return field(default=default, metadata=metadata)
 
 
@@ -65,7 +72,9 @@ class LrMultipliers:
 class Dataset:
     """Where the text comes from."""
 
-    name: str = setting("wiki-leads", "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder")
+    name: str = setting(
+        "wiki-leads", "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder"
+    )
     config_name: str | None = setting(None, "the hub dataset's configuration")
     split: str = setting("train", "the split to read")
     val_split: str | None = setting(None, "a split for validation; null: val_fraction of the documents of split")
@@ -97,7 +106,9 @@ class ActivationDumper:
     batch_size: int = setting(32, "sequences per forward pass, per rank")
     rows_per_shard: int = setting(16384, "rows of a shard file")
     rows_per_batch: int = setting(1024, "rows of a compressed record batch")
-    encoding: str = setting("bf16_planes", "bf16 | bf16_planes (high and low bytes apart; compresses better) | fp32", ("bf16", "bf16_planes", "fp32"))
+    encoding: str = setting(
+        "bf16_planes", "bf16 | bf16_planes (high and low bytes apart; compresses better) | fp32", ("bf16", "bf16_planes", "fp32")
+    )
 
 
 @dataclass
@@ -115,8 +126,12 @@ class Verbalizer:
 
     prompt: str = setting("The text<act> ends with:", "the prompt; <act> is the slot of the activation")
     plain_prompt: str = setting("The text ends with:", "the same prompt without an activation, for the subject's side of the LM term")
-    inject: str = setting("block", "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding", ("block", "embedding"))
-    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set")
+    inject: str = setting(
+        "block",
+        "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
+        ("block", "embedding"),
+    )
+    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
 
 
@@ -126,7 +141,7 @@ class Reconstructor:
 
     prompt: str = setting("The text ends with:", "what stands before the explanation")
     suffix: str = setting("", "what stands behind it; the last position is read")
-    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set")
+    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's and suffix's embeddings")
 
 
@@ -183,18 +198,24 @@ class Config:
     output_dir: str = setting("outputs", "where runs are kept")
     seed: int = setting(0, "seed of sample order, initialisation and Gumbel noise")
     device: str = setting("auto", "auto (a GPU where there is one) | cpu | cuda", ("auto", "cpu", "cuda"))
-    dtype: str = setting("bf16", "arithmetic of the blocks: bf16 | fp32; trained weights keep an fp32 master", ("bf16", "fp32"))
+    dtype: str = setting(
+        "auto", "arithmetic: bf16 | fp32 | auto (bf16 where the processor has it, else fp32); trained weights keep an fp32 master", ("auto", "bf16", "fp32")
+    )
     force_redump: bool = setting(False, "make pretokenized text and dump anew (tools/run_pipeline.py, tools/dump_acts.py)")
 
     dataset: Dataset = setting(Dataset(), "text")
     pretokenize: Pretokenize = setting(Pretokenize(), "tokenizing")
     activation_dumper: ActivationDumper = setting(ActivationDumper(), "activations")
 
-    train_mode: str = setting("lora", "what of the base is trained: frozen (projections and prompts only) | lora | full", ("frozen", "lora", "full"))
+    train_mode: str = setting(
+        "lora", "what of the base is trained: frozen (projections and prompts only) | lora | full", ("frozen", "lora", "full")
+    )
     lora: Lora = setting(Lora(), "adapters")
     verbalizer: Verbalizer = setting(Verbalizer(), "activation to text")
     reconstructor: Reconstructor = setting(Reconstructor(), "text to activation")
-    init_from: str | None = setting(None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh")
+    init_from: str | None = setting(
+        None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh"
+    )
 
     learning_rate: float = setting(3e-4, "AdamW's learning rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
@@ -205,7 +226,7 @@ class Config:
     batch_size: int = setting(64, "samples per micro-step over all ranks")
     gradient_accumulation_steps: int = setting(1, "micro-steps per optimizer step")
     num_train_epochs: float = setting(1.0, "length of the training when max_train_steps is null")
-    max_train_steps: str | None = setting(None, "length of the training as a duration, e.g. \"500s\", \"100os\" or \"2e\"")
+    max_train_steps: str | None = setting(None, 'length of the training as a duration, e.g. "500s", "100os" or "2e"')
 
     gumbel_tau_schedule: Schedule = setting(Schedule(type="linear", start_value=1.0, end_value=0.5), "temperature of the Gumbel-softmax")
     gumbel_noise: float = setting(1.0, "scale of the Gumbel noise; 1: samples of the verbalizer's distribution, 0: greedy")
@@ -217,7 +238,11 @@ class Config:
     entropy_weight: float = setting(0.0, "entropy of the verbalizer's tokens (a bonus)")
     tail_say_weight: float = setting(0.0, "warm start: cross-entropy of the verbalizer on the context's tail")
     tail_read_weight: float = setting(0.0, "warm start: mse of the reconstructor reading the context's tail")
-    tail_order: str = setting("last_first", "how a tail of t_text tokens is written: forward (as it stands), or last_first (the last token, then the t_text - 1 tokens that end in it)", ("forward", "last_first"))
+    tail_order: str = setting(
+        "last_first",
+        "how a tail of t_text tokens is written: forward (as it stands), or last_first (the last token, then those that end in it)",
+        ("forward", "last_first"),
+    )
 
     validation: Validation = setting(Validation(), "held-out measurements while training")
     checkpoint: Checkpoint = setting(Checkpoint(), "saving and resuming")
@@ -285,9 +310,12 @@ def load_config(arguments: list[str]) -> Config:
     return _finish(merged)
 
 
-def config_from_dict(values: dict) -> Config:
-    """A checked configuration from a plain dictionary (as saved in a checkpoint)."""
-    return _finish(_merge(OmegaConf.structured(Config), values, "the saved configuration"))
+def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
+    """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it."""
+    merged = _merge(OmegaConf.structured(Config), values, "the saved configuration")
+    for argument in _normalise(list(arguments)):
+        merged = _merge_argument(merged, argument)
+    return _finish(merged)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -306,6 +334,8 @@ def _normalise(arguments: list[str]) -> list[str]:
         argument = argument.removeprefix("--")
         if argument.startswith(("local_rank=", "local-rank=")):
             continue
+        if argument in _keys(Config):
+            raise ConfigError(f"'{argument}' has no value; write {argument}=VALUE")
         if "=" not in argument:
             raise ConfigError(f"'{argument}' is no setting; write key=value" + _nearest(argument, ["config", *_keys(Config)]))
         result.append(argument)
@@ -319,12 +349,17 @@ def _merge_file(base, path: Path, seen: tuple[Path, ...]):
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its defaults lead back to itself")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path)) or {}
-    except Exception as error:  # PyYAML's and OmegaConf's own errors have no common base
-        raise ConfigError(f"{path} is no valid YAML: {_line(error)}") from None
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    except OSError:  # what OmegaConf raises for a file that holds a single number
+        raise ConfigError(f"{path} holds no key: value pairs") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no key: value pairs")
-    for parent in values.pop("defaults", None) or []:
+    parents = values.pop("defaults", None) or []
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: defaults: is a list of file names in the same folder without .yaml, e.g. defaults: [demo_warmstart]")
+    for parent in parents:
         if parent != "_self_":
             base = _merge_file(base, path.parent / f"{parent}.yaml", (*seen, path.resolve()))
     return _merge(base, values, str(path))
@@ -335,46 +370,76 @@ def _merge_argument(base, argument: str):
     if value == "":
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
     _check_key(key, "the command line")
+    kind = _keys(Config)[key]
+    if value != "null" and "str" in str(kind):  # text is taken as it stands: 001, on and a: b are no numbers, truths or mappings
+        return _merge(base, _nested(key, value), argument)
     try:
-        return OmegaConf.merge(base, OmegaConf.from_dotlist([argument]))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{argument}: {_line(error)}") from None
+        return _merge(base, OmegaConf.to_container(OmegaConf.from_dotlist([argument])), argument)
+    except yaml.YAMLError:
+        raise ConfigError(f"{argument}: this is no {kind}") from None
 
 
 def _merge(base, values: dict, where: str):
-    for key in _flat_keys(values):
+    for key, value in _flat(values).items():
         _check_key(key, where)
+        _check_value(key, value, where)
     try:
         return OmegaConf.merge(base, OmegaConf.create(values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_line(error)}") from None
+        key = error.full_key if error.full_key and not where.startswith(f"{error.full_key}=") else ""
+        raise ConfigError(": ".join(filter(None, [where, key, _line(error)]))) from None
+
+
+def _check_value(key: str, value, where: str) -> None:
+    """Refuse, in plainer words than OmegaConf's, a value where a section is meant, a null and a list of no list."""
+    kind = _keys(Config)[key]
+    if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+        raise ConfigError(f"{where}: {key} is a section; set its keys, e.g. {key}.{dataclasses.fields(kind)[0].name}=...")
+    if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(kind):
+        raise ConfigError(f"{where}: {key} can not be null")
+    if str(kind).startswith("list") and not isinstance(value, list):
+        raise ConfigError(f"{where}: {key} is a list; write {key}=[a,b,...]")
 
 
 def _check_key(key: str, where: str) -> None:
     known = _keys(Config)
     if key not in known:
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, known))
+        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
 
 
-def _flat_keys(values: dict, prefix: str = "") -> list[str]:
-    keys = []
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; an empty section stays a section."""
+    flat = {}
     for key, value in values.items():
-        keys += _flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nested(key: str, value) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@functools.cache
+def _keys(cls, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key and its type; a section's type is its dataclass."""
+    keys = {}
+    for name, kind in get_type_hints(cls).items():
+        keys[prefix + name] = kind.__name__ if kind in (bool, int, float, str) else kind
+        if dataclasses.is_dataclass(kind):
+            keys |= _keys(kind, f"{prefix}{name}.")
     return keys
 
 
-def _keys(cls, prefix: str = "") -> list[str]:
-    keys = []
-    for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(default):
-            keys += _keys(type(default), f"{prefix}{f.name}.")
-    return keys
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+    section, _, last = key.rpartition(".")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
+    near = [name for name, leaf in leaves.items() if last and last in (leaf, "".join(word[:1] for word in leaf.split("_")))]
+    near += [siblings[leaf] for leaf in difflib.get_close_matches(last, siblings, 1, 0.5)]
+    near += difflib.get_close_matches(key, leaves, 1, 0.6)
     return f"; did you mean '{near[0]}'?" if near else "; conf/config.yaml lists every key"
 
 
@@ -400,48 +465,101 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what it may be.
     """
-    _check_choices(config, "")
-    positive = ["t_text", "batch_size", "gradient_accumulation_steps", "learning_rate", "lora.r", "activation_dumper.seq_len",
-                "activation_dumper.batch_size", "activation_dumper.vectors_per_sequence", "activation_dumper.rows_per_shard",
-                "activation_dumper.rows_per_batch", "evaluation.batch_size", "validation.num_samples", "checkpoint.track_best_n"]
-    not_negative = ["layer_l", "grad_clip", "weight_decay", "gumbel_noise", "activation_dumper.min_pos", "mse_weight", "kl_base_weight",
-                    "lm_base_weight", "tail_say_weight", "tail_read_weight", "dataset.min_words"]
+    _check_each(config, "")
+    positive = [
+        "t_text",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lora.r",
+        "activation_dumper.seq_len",
+        "activation_dumper.batch_size",
+        "activation_dumper.vectors_per_sequence",
+        "activation_dumper.rows_per_shard",
+        "activation_dumper.rows_per_batch",
+        "evaluation.batch_size",
+        "evaluation.bootstrap",
+        "validation.num_samples",
+        "checkpoint.track_best_n",
+    ]
+    not_negative = [
+        "layer_l",
+        "grad_clip",
+        "weight_decay",
+        "gumbel_noise",
+        "activation_dumper.min_pos",
+        "mse_weight",
+        "kl_base_weight",
+        "lm_base_weight",
+        "tail_say_weight",
+        "tail_read_weight",
+        "dataset.min_words",
+        "validation.num_examples",
+        "evaluation.examples",
+        "evaluation.report_documents",
+    ]
     for key in positive:
         _require(_get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0")
+    for key in ["dataset.max_documents", "pretokenize.num_proc"]:
+        _require(_get(config, key) is None or _get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0, or null")
     for key in not_negative:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")
     for key in ["lr_scheduler.warmup_steps", "validation.interval", "checkpoint.save_interval", "log_interval", "max_train_steps"]:
         _check_duration(key, _get(config, key))
     for key in ["gumbel_tau_schedule", "alpha_schedule"]:
         _check_duration(f"{key}.constant_steps_before_decay", _get(config, key).constant_steps_before_decay)
+        ends = [_get(config, key).start_value, _get(config, key).end_value]
+        _require(
+            _get(config, key).type != "exponential" or min(ends) > 0,
+            f"{key}: an exponential schedule needs ends greater than 0, not {min(ends)}",
+        )
         if str(_get(config, key).num_steps) != "-1":
             _check_duration(f"{key}.num_steps", _get(config, key).num_steps)
     tau = config.gumbel_tau_schedule
     taus = [tau.value] if tau.type == "constant" else [tau.start_value, tau.end_value]
     _require(min(taus) > 0, f"gumbel_tau_schedule: tau must be greater than 0, not {min(taus)}")
     _require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), f"betas={config.betas} must be two numbers in [0, 1)")
+    _require(0 <= config.lora.dropout < 1, f"lora.dropout={config.lora.dropout} must lie in [0, 1)")
     _require(0 < config.dataset.val_fraction < 1, f"dataset.val_fraction={config.dataset.val_fraction} must lie between 0 and 1")
     dump = config.activation_dumper
-    _require(dump.min_pos < dump.seq_len, f"activation_dumper.min_pos={dump.min_pos} leaves no position in sequences of activation_dumper.seq_len={dump.seq_len}")
-    for key in ["num_samples", "val_num_samples"]:
-        _require(_get(dump, key) == -1 or _get(dump, key) > 0, f"activation_dumper.{key}={_get(dump, key)} must be -1 (all) or greater than 0")
-    _require(config.verbalizer.prompt.count("<act>") == 1, f"verbalizer.prompt={config.verbalizer.prompt!r} must hold the slot <act> exactly once")
-    _require(config.max_train_steps is not None or config.num_train_epochs > 0, "num_train_epochs must be greater than 0 when max_train_steps is null")
-    weights = [config.mse_weight, config.kl_base_weight, config.lm_base_weight, config.entropy_weight, config.tail_say_weight, config.tail_read_weight]
+    _require(
+        dump.min_pos < dump.seq_len,
+        f"activation_dumper.min_pos={dump.min_pos} leaves no position in sequences of activation_dumper.seq_len={dump.seq_len}",
+    )
+    for key in ["activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples"]:
+        _require(_get(config, key) == -1 or _get(config, key) > 0, f"{key}={_get(config, key)} must be -1 (all) or greater than 0")
+    _require(
+        config.verbalizer.prompt.count("<act>") == 1,
+        f"verbalizer.prompt={config.verbalizer.prompt!r} must hold the slot <act> exactly once",
+    )
+    _require(
+        config.max_train_steps is not None or config.num_train_epochs > 0,
+        "num_train_epochs must be greater than 0 when max_train_steps is null",
+    )
+    weights = [
+        config.mse_weight,
+        config.kl_base_weight,
+        config.lm_base_weight,
+        config.entropy_weight,
+        config.tail_say_weight,
+        config.tail_read_weight,
+    ]
     _require(any(weights), "every loss weight is 0; set mse_weight, kl_base_weight, lm_base_weight, tail_say_weight or tail_read_weight")
-    _require(config.kl_base_weight == 0 or config.batch_size % 2 == 0, "kl_base_weight needs an even batch_size: each sample is paired with another of the batch")
+    _require(
+        config.kl_base_weight == 0 or config.batch_size % 2 == 0,
+        "kl_base_weight needs an even batch_size: each sample is paired with another of the batch",
+    )
 
 
-def _check_choices(node, prefix: str) -> None:
+def _check_each(node, prefix: str) -> None:
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
         if dataclasses.is_dataclass(value):
-            _check_choices(value, f"{prefix}{f.name}.")
+            _check_each(value, f"{prefix}{f.name}.")
         elif f.metadata["choices"] and value not in f.metadata["choices"]:
             raise ConfigError(f"{prefix}{f.name}={value} must be one of: {', '.join(f.metadata['choices'])}")
-    for role in ("mode",):
-        if hasattr(node, role) and prefix in ("verbalizer.", "reconstructor."):
-            _require(getattr(node, role) in ("frozen", "lora", "full"), f"{prefix}{role}={getattr(node, role)} must be one of: frozen, lora, full")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{f.name}={value} must be a finite number")
 
 
 def _check_duration(key: str, value) -> None:
@@ -470,8 +588,11 @@ def _get(node, key: str):
 
 def documented_yaml() -> str:
     """``conf/config.yaml``: every key with its default and what it means."""
-    head = ["# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config.py, not this file.",
-            "# An experiment names only what it changes, and its parents under defaults:.", ""]
+    head = [
+        "# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config.py, not this file.",
+        "# An experiment names only what it changes, and its parents under defaults:.",
+        "",
+    ]
     return "\n".join(head + _document(Config(), "")) + "\n"
 
 
@@ -482,7 +603,11 @@ def _document(node, indent: str) -> list[str]:
         if dataclasses.is_dataclass(value):
             lines += ["", f"{indent}{f.name}:  # {f.metadata['help']}", *_document(value, indent + "  "), ""]
         else:
-            text = OmegaConf.to_yaml(OmegaConf.create({f.name: value}), resolve=False).strip() if not isinstance(value, list) else f"{f.name}: {value}"
+            text = (
+                OmegaConf.to_yaml(OmegaConf.create({f.name: value}), resolve=False).strip()
+                if not isinstance(value, list)
+                else f"{f.name}: {value}"
+            )
             lines.append(f"{indent}{text}  # {f.metadata['help']}")
     return [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
 

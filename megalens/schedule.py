@@ -36,7 +36,7 @@ def parse_duration(text: str | int | float) -> tuple[float, str]:
     """
     match = _DURATION.match(str(text))
     if match is None:
-        raise ValueError(f"'{text}' is no duration: write e.g. \"500s\" (micro-steps), \"100os\" (optimizer steps) or \"2e\" (epochs)")
+        raise ValueError(f'\'{text}\' is no duration: write e.g. "500s" (micro-steps), "100os" (optimizer steps) or "2e" (epochs)')
     number, unit = float(match[1]), {"steps": "s", "epochs": "e"}.get(match[2] or "s", match[2] or "s")
     if unit != "e" and number != int(number):
         raise ValueError(f"'{text}': only epochs may be fractional")

@@ -85,7 +85,7 @@ def make_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[EOS, BOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_articles(400, seed=0), trainer)
+    tokenizer.train_from_iterator(articles(400, seed=0), trainer)
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=256)
@@ -95,7 +95,7 @@ def make_text(path: str | Path, documents: int = 200, seed: int = 0) -> Path:
     """Write ``documents`` short made-up articles to a ``.jsonl`` file with the column ``text``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in _articles(documents, seed)), encoding="utf-8")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in articles(documents, seed)), encoding="utf-8")
     return path
 
 
@@ -154,7 +154,8 @@ _TOPICS = {
 }
 
 
-def _articles(count: int, seed: int) -> Iterator[str]:
+def articles(count: int, seed: int = 0) -> Iterator[str]:
+    """Made-up articles of three to eight sentences, each on one topic."""
     draw = random.Random(seed)
     for _ in range(count):
         topic = draw.choice(sorted(_TOPICS))

@@ -98,7 +98,9 @@ def test_cached_run_equals_uncached_run(subject, ids_BC):
     expected = lm.run(lm.enter(lm.embed(whole), positions), 0, subject.num_blocks, positions)
     cache = KVCache()
     lm.run(lm.enter(lm.embed(prefix), positions[:, :split]), 0, subject.num_blocks, positions[:, :split], cache=cache)
-    at_once = lm.run(lm.enter(lm.embed(whole[:, split:]), positions[:, split:]), 0, subject.num_blocks, positions[:, split:], positions, cache.fork())
+    at_once = lm.run(
+        lm.enter(lm.embed(whole[:, split:]), positions[:, split:]), 0, subject.num_blocks, positions[:, split:], positions, cache.fork()
+    )
     torch.testing.assert_close(at_once, expected[:, split:], atol=5e-5, rtol=1e-4)
     for t in range(split, whole.shape[1]):
         here = positions[:, t : t + 1]

@@ -6,6 +6,7 @@ import torch
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.lens.lens import Step, build_lens
 from megalens.lens.objective import relative_mse, resample_error
+from megalens.lens.reference import ReferenceStep
 from megalens.lens.warmstart import tail_ids
 from megalens.ops import noise_keys
 from megalens.tiny import make_model
@@ -22,7 +23,17 @@ def folders(tmp_path_factory):
 def make_lens(folder, mode="frozen", inject="block", **keys):
     verbalizer = Verbalizer(prompt="a thing<act> is about", inject=inject, mode=mode)
     reconstructor = Reconstructor(prompt="it says:", suffix=keys.pop("suffix", ""), mode=mode)
-    config = Config(model_name=folder, layer_l=1, t_text=5, dtype="fp32", device="cpu", verbalizer=verbalizer, reconstructor=reconstructor, lora=Lora(r=4), **keys)
+    config = Config(
+        model_name=folder,
+        layer_l=1,
+        t_text=5,
+        dtype="fp32",
+        device="cpu",
+        verbalizer=verbalizer,
+        reconstructor=reconstructor,
+        lora=Lora(r=4),
+        **keys,
+    )
     generator = torch.Generator().manual_seed(5)
     return build_lens(config, torch.randn(64, generator=generator), torch.rand(64, generator=generator) + 0.5)
 
@@ -31,7 +42,13 @@ def make_batch(rows=4, context=12):
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 500, (rows, context), generator=generator)
     position = torch.randint(6, context, (rows,), generator=generator)
-    return {"activation": torch.randn(rows, 64, generator=generator), "input_ids": ids, "position": position, "sample_id": torch.arange(rows) + 100, "doc_id": torch.arange(rows)}
+    return {
+        "activation": torch.randn(rows, 64, generator=generator),
+        "input_ids": ids,
+        "position": position,
+        "sample_id": torch.arange(rows) + 100,
+        "doc_id": torch.arange(rows),
+    }
 
 
 def perturb(lens, scale=0.05):
@@ -113,7 +130,17 @@ def test_training_the_roles_leaves_the_subject_as_it_was(folders):
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders, mode):
-    lens = perturb(make_lens(folders["llama"], mode=mode, kl_base_weight=1.0, lm_base_weight=1.0, entropy_weight=0.1, tail_say_weight=1.0, tail_read_weight=1.0))
+    lens = perturb(
+        make_lens(
+            folders["llama"],
+            mode=mode,
+            kl_base_weight=1.0,
+            lm_base_weight=1.0,
+            entropy_weight=0.1,
+            tail_say_weight=1.0,
+            tail_read_weight=1.0,
+        )
+    )
     out = lens(make_batch(), AT)
     out["loss"].backward()
     assert set(out) == {"loss", "mse", "kl", "lm", "entropy", "tail_say", "tail_read"}
@@ -127,9 +154,23 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders,
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(folders):
-    weights = {"mse_weight": 2.0, "kl_base_weight": 0.7, "lm_base_weight": 0.3, "entropy_weight": 0.1, "tail_say_weight": 0.2, "tail_read_weight": 0.4}
+    weights = {
+        "mse_weight": 2.0,
+        "kl_base_weight": 0.7,
+        "lm_base_weight": 0.3,
+        "entropy_weight": 0.1,
+        "tail_say_weight": 0.2,
+        "tail_read_weight": 0.4,
+    }
     out = make_lens(folders["llama"], **weights)(make_batch(), AT)
-    expected = 2.0 * out["mse"] + 0.7 * out["kl"] + 0.3 * AT.alpha * out["lm"] - 0.1 * out["entropy"] + 0.2 * out["tail_say"] + 0.4 * out["tail_read"]
+    expected = (
+        2.0 * out["mse"]
+        + 0.7 * out["kl"]
+        + 0.3 * AT.alpha * out["lm"]
+        - 0.1 * out["entropy"]
+        + 0.2 * out["tail_say"]
+        + 0.4 * out["tail_read"]
+    )
     torch.testing.assert_close(out["loss"].detach(), expected)
 
 
@@ -219,3 +260,26 @@ def test_resample_swaps_neighbours_and_refuses_odd_batches():
 def test_relative_mse_is_zero_for_the_truth_and_one_for_nothing():
     a = torch.randn(5, 8)
     assert relative_mse(a, a) == 0 and relative_mse(a, torch.zeros_like(a)) == 1
+
+
+@pytest.mark.parametrize("inject", ["block", "embedding"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_step_equals_the_plain_reference_step(folders, kind, mode, inject):
+    """Same noise: the same terms, and the same gradient of every trained parameter."""
+    keys = {"kl_base_weight": 1.0, "lm_base_weight": 1.0, "entropy_weight": 0.1, "suffix": " so"}
+    lens = perturb(make_lens(folders[kind], mode=mode, inject=inject, **keys), 0.02).double()
+    batch = make_batch()
+    batch["activation"] = batch["activation"].double()
+    gradients = []
+    for module in (lens, ReferenceStep(lens)):
+        lens.zero_grad()
+        terms = module(batch, AT)
+        terms["loss"].backward()
+        gradients.append((terms, {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}))
+    (fast, fast_gradients), (plain, plain_gradients) = gradients
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-9, rtol=1e-7)
+    assert fast_gradients.keys() == plain_gradients.keys() and fast_gradients
+    for name, gradient in plain_gradients.items():
+        assert (fast_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name

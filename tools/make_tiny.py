@@ -9,7 +9,7 @@ from megalens import tiny
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/make_tiny.py", description=__doc__)
     parser.add_argument("kind", nargs="?", default="llama", choices=tiny.KINDS, help="model family (default: llama)")
     parser.add_argument("--documents", type=int, default=200, help="articles of the corpus (default: 200)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where models/ and corpus/ are (default: data)")

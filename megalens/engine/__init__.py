@@ -1,0 +1,29 @@
+"""Engines: what moves the weights, on one process or many."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalens.engine.base import Engine, EngineError, Groups, join_ranks, leave_ranks
+
+__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks"]
+
+
+def build_engine(config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:
+    """The engine that ``config.deepspeed`` asks for: DeepSpeed's ZeRO 1-3, or the local one (also for ZeRO 0, which shards nothing).
+
+    Args:
+        module: called as ``module(batch, at)``.
+        groups: its trainable parameters by group and name.
+        weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
+    """
+    if config.deepspeed is not None:
+        from megalens.engine.ds_config import zero_stage
+
+        if zero_stage(config) > 0:
+            from megalens.engine.zero import ZeroEngine
+
+            return ZeroEngine(config, module, groups, weights)
+    from megalens.engine.local import LocalEngine
+
+    return LocalEngine(config, module, groups, weights)

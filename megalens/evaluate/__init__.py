@@ -1,0 +1,5 @@
+"""Measuring a lens: figures, floors and ceilings, per-token explanations, the report."""
+
+
+class EvaluationError(ValueError):
+    """Something can not be measured or explained. The message is one line and names what mends it."""

@@ -49,7 +49,9 @@ class KVCache:
         """Append ``[B, heads, Q, head_dim]`` to what block ``block`` holds and return all of it, ``[B, heads, K, head_dim]``."""
         past = self.stored.get(block) or (self.parent and self.parent.stored.get(block))
         if past:
-            key, value = (torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, (key, value), strict=True))
+            key, value = (
+                torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, (key, value), strict=True)
+            )
         self.stored[block] = (key, value)
         return key, value
 

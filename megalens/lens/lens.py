@@ -163,7 +163,9 @@ class ConsistencyLens(nn.Module):
         found = {name: tuple(value.shape) for name, value in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
-                raise ConfigError(f"the checkpoint does not fit this lens: {name} is {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here")
+                raise ConfigError(
+                    f"the checkpoint does not fit this lens: {name} is {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                )
         with torch.no_grad():
             for name, value in state.items():
                 parameters[name].copy_(value)

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from megalens.config import Config, ConfigError
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass
 class Read:
@@ -132,7 +130,7 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
     _check_layer(config, settings)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
     model = _from_pretrained(
-        AutoModelForCausalLM, config, config=settings, dtype=DTYPES[config.dtype], attn_implementation=attention, use_safetensors=True
+        AutoModelForCausalLM, config, config=settings, dtype=resolve_dtype(config), attn_implementation=attention, use_safetensors=True
     )
     lm = CausalLM(model)
     if upto_block is not None:
@@ -148,10 +146,26 @@ def resolve_device(device: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ConfigError("device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu")
+        raise ConfigError(
+            "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
+        )
     if device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def resolve_dtype(config: Config) -> torch.dtype:
+    """The dtype of ``config.dtype``; ``auto`` is bf16 on GPUs and on CPUs with bf16 instructions (others emulate it, several times slower)."""
+    if config.dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    capabilities = torch.cpu.get_capabilities()
+    native = (
+        resolve_device(config.device).type == "cuda"
+        or capabilities.get("avx512_bf16")
+        or capabilities.get("amx_bf16")
+        or capabilities.get("bf16")
+    )
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_tokenizer(config: Config):
@@ -205,7 +219,13 @@ def _check_layer(config: Config, settings) -> None:
 def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
     name = name or settings.model_name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-        mend = "; `make demo` or python tools/prepare_demo.py makes it" if "SmolLM2" in name else "; python tools/make_tiny.py makes it" if "tiny" in name else ""
+        mend = (
+            "; `make demo` or python tools/prepare_demo.py makes it"
+            if "SmolLM2" in name
+            else "; python tools/make_tiny.py makes it"
+            if "tiny" in name
+            else ""
+        )
         raise ConfigError(f"model folder {name} does not exist{mend}")
     try:
         return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)

@@ -158,7 +158,9 @@ class Verbalizer(nn.Module):
                 )
             )  # fmt: skip
             embeds_BD = embeds_BD * self.lm.embed_scale
-            for kept, value in zip((ids, embeds, normed, log_probs, entropies), (ids_B, embeds_BD, normed_BD, log_prob_B, entropy_B), strict=True):
+            for kept, value in zip(
+                (ids, embeds, normed, log_probs, entropies), (ids_B, embeds_BD, normed_BD, log_prob_B, entropy_B), strict=True
+            ):
                 kept.append(value)
             if t < self.t_text - 1:
                 hidden_BD = self._append(embeds_BD[:, None].to(hidden_BD.dtype), t, cache)[:, 0]

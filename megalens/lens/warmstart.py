@@ -16,4 +16,6 @@ def tail_ids(input_ids_BC: Tensor, position_B: Tensor, t_text: int, order: str) 
     back = torch.arange(t_text - 1, -1, -1, device=position_B.device)
     if order == "last_first":
         back = torch.cat([back[-1:], back[1:]])
+    elif order == "backward":
+        back = back.flip(0)
     return input_ids_BC.gather(1, (position_B[:, None] - back).clamp_min(0))

@@ -1,0 +1,94 @@
+"""A trained lens in a few lines of Python::
+
+from megalens import Lens
+
+lens = Lens.from_pretrained("outputs/demo/best")
+for each in lens.explain("The tower was built in 1889."):
+    print(each.token, each.explanation, each.fve)
+a_hat_D = lens.reconstruct("a tower in Paris")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalens.data.pretokenize import encode
+from megalens.engine.checkpoint import load_lens, read_statistics
+from megalens.evaluate import EvaluationError
+from megalens.evaluate.explain import TokenExplanation, explain_ids
+from megalens.evaluate.metrics import Reference
+from megalens.evaluate.text import to_ids
+from megalens.lens.lens import ConsistencyLens
+
+__all__ = ["Lens", "TokenExplanation"]
+
+
+class Lens:
+    """A trained lens and the statistics of the activations it was trained on.
+
+    Args:
+        module: the lens itself, for everything that is not here.
+        reference: what a rebuild is measured against.
+    """
+
+    def __init__(self, module: ConsistencyLens, reference: Reference):
+        self.module, self.reference = module.eval(), reference
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Lens:
+        """Load a checkpoint.
+
+        Args:
+            folder: for example ``outputs/<run>/best``.
+            changes: configuration keys that are other here, e.g. ``device="cpu"``, ``dtype="fp32"``, ``model_name="/models/x"``.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is damaged, or its subject is another model.
+            ConfigError: its subject can not be loaded.
+        """
+        return cls(load_lens(folder, **changes), Reference.of(read_statistics(folder)))
+
+    def explain(self, text: str, batch_size: int = 64) -> list[TokenExplanation]:
+        """What the lens says at each token of a text, in order.
+
+        A tokenizer that puts a BOS first has it explained too. The lens was not trained on the first positions
+        (``config.activation_dumper.min_pos``) nor behind ``seq_len``: read its words there with care.
+
+        Args:
+            text: any text that fits the subject's window. Names of special tokens in it are plain text.
+            batch_size: positions at a time.
+
+        Returns:
+            ``token``, ``explanation`` and ``fve`` of each token (:class:`~megalens.evaluate.explain.TokenExplanation`).
+
+        Raises:
+            EvaluationError: the text is empty or too long.
+        """
+        if not text:
+            raise EvaluationError("the text is empty; give at least one character to explain")
+        ids = encode(self.module.tokenizer, [text])[0]
+        self._check_window(len(ids), "the text")
+        return explain_ids(self.module, ids, self.reference, batch_size)
+
+    @torch.no_grad()
+    def reconstruct(self, text: str) -> Tensor:
+        """The activation ``[d]`` (float32) that the reconstructor rebuilds from a text, read as an explanation.
+
+        Raises:
+            EvaluationError: the text is empty or too long.
+        """
+        if not text:
+            raise EvaluationError("the text is empty; give at least one character to rebuild an activation from")
+        ids = to_ids(self.module.tokenizer, [text])[0]
+        self._check_window(len(ids) + self.module.reconstructor.length, "the text with the reconstructor's prompt")
+        return self.module.reconstruct(torch.tensor([ids]), torch.tensor([len(ids)]))[0]
+
+    def _check_window(self, length: int, what: str) -> None:
+        window = self.module.subject.lm.config.max_position_embeddings
+        if length > window:
+            name = self.module.config.model_name
+            raise EvaluationError(f"{what} has {length} tokens, more than the window of {name} ({window}); shorten it")

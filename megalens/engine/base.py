@@ -1,0 +1,156 @@
+"""What every engine offers: one optimizer step over micro-batches, full weights and optimizer state, and a few words between ranks.
+
+An engine moves the trainable parameters of any ``nn.Module`` that is called as ``module(batch, at)`` and returns a dict of scalars
+with a ``"loss"``. It knows neither lens nor data. Both engines keep their optimizer's state in the same file by parameter name, so that a
+run saved by one is read by the other, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Groups = dict[str, dict[str, nn.Parameter]]
+Batch = dict[str, Tensor]
+
+
+class EngineError(ValueError):
+    """The training can not be run as asked. The message is one line and names the mend."""
+
+
+def join_ranks(device: torch.device) -> None:
+    """Enter the process group that the launcher (torchrun, deepspeed, srun) describes in the environment; nothing for a single process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, when in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine(ABC):
+    """One optimizer over a module's trainable parameters.
+
+    Args:
+        config: the run's configuration.
+        module: called as ``module(batch, at)``; returns scalars by name, ``"loss"`` among them.
+        groups: its trainable parameters by group and name (``module.parameter_groups()``).
+    """
+
+    def __init__(self, config, module: nn.Module, groups: Groups):
+        self.config, self.module = config, module
+        self.device = next(module.parameters()).device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
+        if not self.parameters:
+            raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
+
+    @property
+    def is_main(self) -> bool:
+        """Is this the rank that writes and prints?"""
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------------ per engine
+
+    @abstractmethod
+    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+        """One optimizer step on this rank's share of some global micro-batches.
+
+        Args:
+            batches: equal-sized micro-batches.
+            at: handed on to the module.
+            lr_factor: multiplier of every learning rate.
+
+        Returns:
+            the module's scalars averaged over ranks and micro-batches, ``grad_norm`` (before clipping) and ``skipped``: 1 when the loss or a
+            gradient of any rank was not finite, in which case no rank has changed a weight.
+        """
+
+    @abstractmethod
+    def full_state(self, names: list[str]) -> dict[str, Tensor]:
+        """Parameters by name, whole, float32, on the CPU of rank 0; ``{}`` on other ranks. Call it on all ranks."""
+
+    @abstractmethod
+    def save_state(self, folder: Path) -> None:
+        """Write the optimizer's state. Call it on all ranks; the weights themselves are in :meth:`full_state`."""
+
+    @abstractmethod
+    def load_state(self, folder: Path) -> None:
+        """Take over what :meth:`save_state` wrote, by whichever engine, on however many ranks.
+
+        Raises:
+            EngineError: it is of other parameters.
+        """
+
+    # ---------------------------------------------------------------------------------------------------- between ranks
+
+    def reduce_mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over ranks of scalars that every rank has under the same names."""
+        names = sorted(values)
+        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self.device)
+        self._sum(total)
+        return dict(zip(names, (total / self.world_size).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Is the flag up on any rank?"""
+        total = torch.tensor([float(flag)], device=self.device)
+        self._sum(total)
+        return total.item() > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in their order, on all ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def close(self) -> None:
+        """Finish; the engine is of no use afterwards."""
+
+    def _sum(self, values: Tensor) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+
+
+def optimizer_groups(config, groups: Groups) -> list[dict]:
+    """Parameter groups for AdamW: ``params``, ``lr``, ``weight_decay`` and ``multiplier`` (of the learning rate).
+
+    Weight decay is for matrices: never for prompts, norms and biases.
+    """
+    result = []
+    for group, members in groups.items():
+        multiplier = getattr(config.custom_lr_multipliers, group)
+        for decays in (True, False):
+            chosen = [p for p in members.values() if (p.ndim >= 2 and group != "prompts") == decays]
+            if chosen:
+                result.append(
+                    {
+                        "params": chosen,
+                        "lr": config.learning_rate * multiplier,
+                        "weight_decay": config.weight_decay if decays else 0.0,
+                        "multiplier": multiplier,
+                    }
+                )
+    return result
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the engine's device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

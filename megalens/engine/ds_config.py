@@ -1,0 +1,93 @@
+"""A DeepSpeed configuration file made whole: ``"auto"`` is what our configuration says, and what contradicts it is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalens.engine.base import EngineError
+
+
+
+def zero_stage(config) -> int:
+    """The ZeRO stage of the file that ``config.deepspeed`` names."""
+    return _stage(config, _read(config))
+
+
+def resolve(config, ranks: int) -> dict:
+    """The file's content with every ``"auto"`` replaced.
+
+    Raises:
+        EngineError: it can not be read, contradicts the configuration, or asks for what megalens does otherwise.
+    """
+    found = _read(config)
+    _stage(config, found)
+    for section, instead in (("scheduler", "lr_scheduler"), ("fp16", "dtype (bf16 or fp32)"), ("amp", "dtype (bf16 or fp32)")):
+        if found.get(section, {}).get("enabled", section == "scheduler" and section in found):
+            raise EngineError(f"{config.deepspeed}: take out the section {section}; the setting is {instead}")
+    optimizer = found.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    if optimizer.get("type") != "AdamW":
+        raise EngineError(f"{config.deepspeed}: optimizer.type={optimizer.get('type')} must be AdamW")
+    for path, (value, key) in _wanted(config, ranks).items():
+        _settle(found, path, value, key, config.deepspeed)
+    if config.dtype == "fp32":  # there is nothing to accumulate more exactly
+        found.pop("data_types", None)
+    left = _autos(found)
+    if left:
+        raise EngineError(f"{config.deepspeed}: {left[0]} can not be \"auto\"; give it a value or leave it out")
+    return {"steps_per_print": None, **found}
+
+
+def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
+    """What the file must say at each place, and the key that decides it."""
+    accumulation = config.gradient_accumulation_steps
+    return {
+        "train_micro_batch_size_per_gpu": (config.batch_size // ranks, "batch_size / processes"),
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
+        "train_batch_size": (config.batch_size * accumulation, "batch_size * gradient_accumulation_steps"),
+        "gradient_clipping": (config.grad_clip, "grad_clip"),
+        "bf16.enabled": (config.dtype == "bf16", "dtype=bf16"),
+        "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
+        "optimizer.params.lr": (config.learning_rate, "learning_rate"),
+        "optimizer.params.betas": (list(config.betas), "betas"),
+        "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),
+    }
+
+
+def _settle(found: dict, path: str, value: Any, key: str, file: str) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        found = found.setdefault(section, {})
+    said = found.get(name, "auto")
+    if said not in ("auto", value):
+        raise EngineError(f"{file}: {path}={said} contradicts {key} ({value}); write \"auto\" there, or change the setting")
+    found[name] = value
+
+
+def _read(config) -> dict:
+    path = Path(config.deepspeed)
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise EngineError(f"deepspeed={path} does not exist; there are: {', '.join(known) or 'ds_configs/z1.json, z2, z3, z3_offload'}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EngineError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise EngineError(f"{path} holds no JSON object")
+    return found
+
+
+def _stage(config, found: dict) -> int:
+    stage = found.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise EngineError(f"{config.deepspeed}: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
+    return stage
+
+
+def _autos(values: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        found += _autos(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"] if value == "auto" else []
+    return found

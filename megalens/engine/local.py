@@ -1,0 +1,107 @@
+"""The local engine: one process, or several under torchrun that average their gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
+from megalens.engine.base import Batch, Engine, Groups, optimizer_groups, to_device
+
+
+class LocalEngine(Engine):
+    """AdamW on float32 masters of the trainable parameters.
+
+    The module computes in its own dtype; where that is not float32, each trainable parameter has a float32 master that the optimizer moves
+    and that is rounded back after the step. Gradients of all micro-batches and ranks are summed in float32, in one flat buffer: one
+    collective per step, and a parameter that got no gradient on some rank counts as zero there.
+
+    Args:
+        weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
+    """
+
+    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+        super().__init__(config, module, groups)
+        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name in self.masters.keys() & (weights or {}).keys():
+                self.masters[name].copy_(weights[name])
+        self._same_start()
+        self.gradient = torch.zeros(sum(p.numel() for p in self.masters.values()), device=self.device)
+        views = self.gradient.split([p.numel() for p in self.masters.values()])
+        self.gradients = {name: view.view_as(p) for (name, p), view in zip(self.masters.items(), views, strict=True)}
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._collector(self.gradients[name]))
+        by_parameter = {parameter: self.masters[name] for name, parameter in self.parameters.items()}
+        options = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in optimizer_groups(config, groups)]
+        self.optimizer = torch.optim.AdamW(options, betas=tuple(config.betas), fused=self.device.type in ("cpu", "cuda"))
+
+    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+        self.gradient.zero_()
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            terms = self.module(to_device(batch, self.device), at)
+            (terms["loss"] / len(batches)).backward()
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + value.detach().double()
+        metrics = self.reduce_mean({name: value.item() / len(batches) for name, value in total.items()})
+        self._sum(self.gradient)
+        self.gradient /= self.world_size
+        norm = self.gradient.norm()
+        finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
+        if finite:
+            self._update(norm, lr_factor)
+        return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
+
+    def _update(self, norm: Tensor, lr_factor: float) -> None:
+        if self.config.grad_clip:
+            self.gradient *= (self.config.grad_clip / (norm + 1e-6)).clamp_max(1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
+        for name, master in self.masters.items():
+            master.grad = self.gradients[name]
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.grad = None
+                if master is not self.parameters[name]:
+                    self.parameters[name].copy_(master)
+
+    def full_state(self, names: list[str]) -> dict[str, Tensor]:
+        if not self.is_main:
+            return {}
+        held = dict(self.module.named_parameters()) | self.masters
+        return {name: held[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+
+    def save_state(self, folder: Path) -> None:
+        if self.is_main:
+            state = self.optimizer.state
+            moments = {n: {key: state[p][key].cpu() if state[p] else torch.zeros(p.shape) for key in MOMENTS} for n, p in self.masters.items()}
+            steps = next((s["step"].item() for s in state.values() if s), 0.0)
+            save_adam_state(folder, steps, moments.items())
+
+    def load_state(self, folder: Path) -> None:
+        saved = AdamState(folder, {name: p.shape for name, p in self.masters.items()})
+        for name, master in self.masters.items():
+            moments = {key: value.to(self.device) for key, value in saved.moments(name).items()}
+            self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=self.device), **moments}
+
+    def _same_start(self) -> None:
+        """Rank 0's values on every rank, and the module's own parameters rounded from the masters."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if self.world_size > 1:
+                    torch.distributed.broadcast(master.data, 0)
+                if master is not self.parameters[name]:
+                    self.parameters[name].copy_(master)
+
+    @staticmethod
+    def _collector(total: Tensor):
+        def collect(parameter: Tensor) -> None:
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+        return collect

@@ -1,0 +1,180 @@
+"""DeepSpeed's ZeRO 1-3: optimizer state, gradients and parameters in shards over the ranks, or offloaded to the CPU.
+
+DeepSpeed's own checkpoints are pickles, tied to the number of ranks; this engine writes the optimizer's state whole, by parameter name, in
+safetensors, gathered one parameter at a time. The price is rank 0's CPU memory for two float32 copies of what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
+from megalens.engine.base import Batch, Engine, Groups, optimizer_groups, to_device
+from megalens.engine.ds_config import resolve
+
+
+class ZeroEngine(Engine):
+    """A module under DeepSpeed, as ``config.deepspeed`` describes it.
+
+    Args:
+        weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
+    """
+
+    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+        on_gpu = next(module.parameters()).device.type == "cuda"
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        super().__init__(config, module, groups)
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        deepspeed = _import_deepspeed()
+        self.engine, self.sharded, _, _ = deepspeed.initialize(
+            model=module,
+            model_parameters=optimizer_groups(config, groups),
+            config=resolve(config, self.world_size),
+            dist_init_required=False,
+        )
+        self.device = self.engine.device
+        for name in self.parameters.keys() & (weights or {}).keys():
+            self._set(name, weights[name], None)
+
+    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+        for group in self.sharded.param_groups:
+            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
+        total: dict[str, float] = {}
+        for batch in batches:
+            terms = self.engine(to_device(batch, self.device), at)
+            loss = terms["loss"]
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + value.item() / len(batches)
+            # DeepSpeed looks at gradients only; a loss that is not finite must spoil them, so that every rank skips.
+            self.engine.backward(loss if math.isfinite(loss.item()) else loss * math.nan)
+            self.engine.step()
+        self._forget_gradients()
+        skipped = not self.engine.was_step_applied()
+        norm = float(self.engine.get_global_grad_norm())
+        return self.reduce_mean(total) | {"grad_norm": norm, "skipped": float(skipped)}
+
+    def full_state(self, names: list[str]) -> dict[str, Tensor]:
+        state = {}
+        for name in names:
+            value = self._get(name, None)
+            if self.is_main:
+                state[name] = value.detach().to("cpu", torch.float32, copy=True)
+        return state
+
+    def save_state(self, folder: Path) -> None:
+        self._link_moments()
+        moments = {}
+        for name in self.parameters:
+            values = {key: self._get(name, key) for key in MOMENTS}
+            if self.is_main:
+                moments[name] = {key: value.to("cpu", torch.float32, copy=True) for key, value in values.items()}
+        if self.is_main:
+            save_adam_state(folder, self._steps(), moments.items())
+
+    def load_state(self, folder: Path) -> None:
+        saved = AdamState(folder, self.shapes)
+        for partition in self._partitions():
+            zeros = {key: torch.zeros_like(partition.data) for key in MOMENTS}
+            self._adam.state[partition] = {"step": torch.tensor(saved.step), **zeros}
+        self._link_moments()
+        for name in self.parameters:
+            for key, value in saved.moments(name).items():
+                self._set(name, value, key)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    # ------------------------------------------------------------------------------------- DeepSpeed's shards by name
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.sharded.optimizer
+
+    @property
+    def _is_stage_3(self) -> bool:
+        return self.engine.zero_optimization_stage() == 3
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat float32 partitions, which AdamW steps on."""
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self.sharded, attribute):
+                return getattr(self.sharded, attribute)
+        raise TypeError(f"{type(self.sharded).__name__} of this DeepSpeed keeps its partitions elsewhere")
+
+    def _forget_gradients(self) -> None:
+        """Stage 3 keeps the last gradient of a parameter that gets none in the next step, and would apply it again."""
+        if self._is_stage_3:
+            self.sharded.grad_partitions_flat_buffer.zero_()
+            for partition in self._partitions() if self.sharded.offload_optimizer else ():
+                if partition.grad is not None:
+                    partition.grad.zero_()
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 look up each parameter's moments once, when only the first group has any."""
+        if not self._is_stage_3 and self._steps():
+            self.sharded._hp_optimizer_states_linked = False
+            self.sharded._lazy_init_hp_params_optimizer_state()
+
+    def _steps(self) -> float:
+        return next((float(state["step"]) for state in self._adam.state.values() if "step" in state), 0.0)
+
+    def _get(self, name: str, key: str | None) -> Tensor:
+        """A parameter (``key`` None) or a moment of it, whole, on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if name not in self.parameters:  # not trained
+            parameter = dict(self.module.named_parameters())[name]
+            with _gathered(parameter):
+                return parameter.detach().clone()
+        parameter = self.parameters[name]
+        if key is None:
+            return safe_get_full_fp32_param(parameter)
+        if not self._steps():
+            return torch.zeros(self.shapes[name])
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _set(self, name: str, value: Tensor, key: str | None) -> None:
+        """Put a whole parameter or moment into this rank's share of it."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        parameter, value = self.parameters[name], value.to(self.device, torch.float32)
+        if self._is_stage_3:  # the setter of whole values can not pad a parameter that the ranks do not divide
+            share = parameter.ds_tensor.numel()
+            padded = torch.zeros(share * self.world_size, device=self.device)
+            padded[: value.numel()] = value.flatten()
+            value, whole = padded[share * self.rank : share * (self.rank + 1)], (safe_set_local_fp32_param, safe_set_local_optimizer_state)
+        else:
+            whole = (safe_set_full_fp32_param, safe_set_full_optimizer_state)
+        if key is None:
+            whole[0](parameter, value)
+        else:
+            whole[1](parameter, value, key)
+
+
+def _gathered(parameter: nn.Parameter):
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
+
+
+def _import_deepspeed():
+    """DeepSpeed with its chatter turned off."""
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

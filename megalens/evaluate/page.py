@@ -1,0 +1,165 @@
+"""An HTML page that needs nothing but itself: style, script, and the text-coloured-by-FVE that both reports share.
+
+Every string of a text, a model or a file goes through :func:`escape`. The page's policy lets no network in and no script run but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+
+from megalens.evaluate.text import visible
+
+STYLE = """
+:root { color-scheme: light dark; --bg: #fbfaf8; --card: #fff; --ink: #1d2026; --soft: #5c6370; --line: #dedbd5; --accent: #0b5c92;
+  --good: 0 114 178; --bad: 213 94 0; --weak: .07; --full: .5; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1c1f25; --ink: #e7e6e3; --soft: #a2a8b3; --line: #343943;
+  --accent: #7cc0ee; --good: 45 146 217; --bad: 226 112 32; --weak: .09; --full: .62; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 5rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+.soft { color: var(--soft); font-size: .9rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.15rem; margin: .8rem 0;
+  overflow-x: auto; }
+dl.setting { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 0; }
+dl.setting dt { color: var(--soft); font-size: .78rem; } dl.setting dd { margin: 0; font-weight: 550; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .7rem .32rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: baseline;
+  white-space: nowrap; }
+tr:last-child > * { border-bottom: 0; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
+.words td { white-space: normal; overflow-wrap: anywhere; } .words td:last-child, .words th:last-child { text-align: right;
+  white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 550; }
+tbody th { font-weight: 450; } tr.ours > * { font-weight: 700; color: var(--accent); }
+td small { color: var(--soft); font-weight: 400; font-size: .78rem; margin-left: .3rem; }
+.tail { color: var(--soft); font-family: ui-serif, Georgia, serif; }
+.words .said { min-width: 15rem; } .said { font-family: ui-serif, Georgia, serif; font-size: 1rem; }
+.text { font: 1.06rem/2.05 ui-serif, Georgia, "Times New Roman", serif; white-space: pre-wrap; overflow-wrap: anywhere; }
+.t { border-radius: .2rem; padding: .14em 0; cursor: help;
+  background: rgb(var(--tone) / calc(var(--weak) + var(--v) * (var(--full) - var(--weak)))); }
+.t:hover, .t:focus { outline: 2px solid var(--ink); outline-offset: 1px; }
+.t.out { text-decoration: underline dotted var(--soft); text-underline-offset: .3em; }
+.g { --tone: var(--good); } .b { --tone: var(--bad); }
+LEVELS
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .35rem; font-size: .84rem; color: var(--soft);
+  margin: .6rem 0; }
+.legend .t { cursor: default; padding: .1rem .45rem; color: var(--ink); } .legend .gap { margin-left: 1rem; }
+#tip { position: fixed; z-index: 9; max-width: min(26rem, calc(100vw - 1.5rem)); background: var(--ink); color: var(--bg);
+  border-radius: .45rem;
+  padding: .5rem .7rem; font-size: .9rem; line-height: 1.4; pointer-events: none; box-shadow: 0 4px 18px rgb(0 0 0 / .3); }
+#tip[hidden] { display: none; } #tip b { display: block; font: 600 1rem/1.4 ui-serif, Georgia, serif; overflow-wrap: anywhere; }
+#tip span { opacity: .8; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .8rem; } .plots .card { margin: 0; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+  svg .ink { fill: var(--ink); }
+svg .ours { fill: var(--accent); font-weight: 700; }
+summary { cursor: pointer; color: var(--soft); font-size: .86rem; margin-top: .6rem; }
+a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+@media print { .card { break-inside: avoid; } details { display: none; } }
+"""
+
+SCRIPT = """
+const tip = document.getElementById("tip");
+function show(token) {
+  const said = document.createElement("b"), note = document.createElement("span");
+  said.textContent = token.dataset.said || "(nothing)";
+  const where = token.classList.contains("out") ? " · outside the trained positions" : "";
+  note.textContent = "position " + token.dataset.at + " · FVE " + token.dataset.fve + where;
+  tip.replaceChildren(said, note);
+  tip.hidden = false;
+  const box = [...token.getClientRects()].at(-1), own = tip.getBoundingClientRect();
+  tip.style.left = Math.max(6, Math.min(box.left, innerWidth - own.width - 6)) + "px";
+  tip.style.top = (box.bottom + 8 + own.height < innerHeight ? box.bottom + 8 : Math.max(6, box.top - own.height - 8)) + "px";
+}
+function hide() { tip.hidden = true; }
+for (const text of document.querySelectorAll(".text")) {
+  const tokens = [...text.querySelectorAll(".t")];
+  if (tokens.length) tokens[0].tabIndex = 0;
+  text.addEventListener("pointerover", event => { const token = event.target.closest(".t"); if (token) show(token); });
+  text.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
+  text.addEventListener("focusin", event => {
+    for (const token of tokens) token.tabIndex = -1;
+    event.target.tabIndex = 0;
+    show(event.target);
+  });
+  text.addEventListener("focusout", hide);
+  text.addEventListener("keydown", event => {
+    const at = tokens.indexOf(event.target);
+    const to = {ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: tokens.length - 1}[event.key];
+    if (event.key === "Escape") hide();
+    if (to === undefined || !tokens[to]) return;
+    event.preventDefault();
+    tokens[to].focus();
+  });
+}
+addEventListener("scroll", hide, {passive: true});
+"""
+
+_LEVELS = 10  # shades between 0 and 1, and as many between 0 and -1
+
+
+def page(title: str, body: str) -> str:
+    """A whole page around ``body`` (HTML already)."""
+    style = STYLE.replace("LEVELS", " ".join(f".v{i} {{ --v: {i / _LEVELS}; }}" for i in range(_LEVELS + 1)))
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+    )
+
+
+def escape(text: str) -> str:
+    """A string as HTML text or attribute value; control and direction-changing characters become signs."""
+    return html.escape(visible(text), quote=True)
+
+
+def shade(fve: float) -> str:
+    """Classes of a token's colour: blue above 0 up to 1, orange below 0 down to -1 (and everything below)."""
+    tone = "g" if fve >= 0 else "b"
+    return f"{tone} v{round(min(1.0, abs(fve)) * _LEVELS)}"
+
+
+def coloured(tokens: list[dict], trained: range) -> str:
+    """A text with each token coloured by its FVE, its explanation shown on hover, focus and touch, and as a table.
+
+    Args:
+        tokens: ``token``, ``explanation`` and ``fve`` of each.
+        trained: positions the lens was trained on; the others are marked.
+    """
+    spans, rows = [], []
+    for at, each in enumerate(tokens):
+        said, fve = escape(each["explanation"]), f"{each['fve']:.2f}"
+        out = "" if at in trained else " out"
+        word = escape(each["token"]).replace("⏎", "⏎\n") or "·"
+        spans.append(
+            f'<span class="t {shade(each["fve"])}{out}" tabindex="-1" data-at="{at}" data-fve="{fve}" data-said="{said}">{word}</span>'
+        )
+        rows.append(f'<tr><td>{at}</td><td>{word}</td><td class="said">{said or "(nothing)"}</td><td>{fve}</td></tr>')
+    head = "<thead><tr><th>position</th><th>token</th><th>explanation</th><th>FVE</th></tr></thead>"
+    table = f'<details><summary>as a table</summary><table class="words">{head}<tbody>{"".join(rows)}</tbody></table></details>'
+    text = f'<div class="text" role="group" aria-label="text, token by token: arrow keys move">{"".join(spans)}</div>'
+    return f'<div class="card">{text}{table}</div>'
+
+
+def legend(trained: range) -> str:
+    """What the colours say."""
+    steps = [-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0]
+    swatches = "".join(
+        f'<span class="t {shade(v)}">{"&le; &minus;1" if v == -1 else f"{v:g}".replace("-", "&minus;")}</span>' for v in steps
+    )
+    return (
+        f'<div class="legend">FVE of the token: {swatches}<span class="gap"><span class="t g v0 out">dotted</span> '
+        f"outside the positions the lens was trained on ({trained.start} to {trained.stop - 1})</span></div>"
+        '<p class="soft">Blue: the activation&rsquo;s direction can be rebuilt from the explanation, the stronger the better. '
+        "Faint: no better than the training mean. Orange: worse than it. Point at a token, tap it, or use the arrow keys to read its "
+        "explanation. The very first positions are attention sinks: their activations are like no others, their figures say little.</p>"
+    )

@@ -1,0 +1,154 @@
+"""``report.html``: the result of an evaluation, or the explanations of one text, as a page to read and to send on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megalens.data.files import new_file
+from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.evaluation import Result
+from megalens.evaluate.explain import TokenExplanation
+from megalens.evaluate.page import coloured, escape, legend, page, shade
+from megalens.evaluate.plots import curves, intervals
+from megalens.evaluate.table import BLOCKS, describe, number
+
+_DEFINITIONS = {
+    "fve_nrm": "share of the variance of the unit-length activations that the rebuilds explain, against the mean of the training ones; "
+    "1 is perfect, 0 is no better than that mean. A constant rebuild, itself of unit length, scores below 0.",
+    "fve_std": "the same on the activations themselves, each dimension divided by its standard deviation.",
+    "fve": "the same on the raw activations; a few dimensions and positions of huge norm dominate it.",
+    "kl_recovered": "1 &minus; kl / (kl with the mean activation patched in): what of the subject&rsquo;s next-token prediction survives "
+    "when the rebuild replaces the activation.",
+    "cos": "mean cosine between activation and rebuild.",
+    "kl": "KL divergence, in nats, between the subject&rsquo;s next-token predictions with the activation and with the rebuild.",
+    "top1": "share of rows where the most likely next token stays the same.",
+    "failed": "share of rows without a usable text or rebuild; they are scored as the mean activation.",
+}
+
+
+def save(run: str | Path, result: Result, curve: list[dict]) -> None:
+    """Write ``evaluation.json`` and ``report.html`` into a run's folder, each replaced in one go.
+
+    Args:
+        run: the folder; its name is the report's title.
+        curve: lines of the run's ``metrics.jsonl`` (:func:`megalens.evaluate.plots.read_curve`).
+    """
+    _save(Path(run) / "evaluation.json", json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    _save(Path(run) / "report.html", render(result, Path(run).resolve().name, curve))
+
+
+def render(result: Result, title: str, curve: list[dict]) -> str:
+    """The report as a string."""
+    s = result.setting
+    trained = range(s["min_pos"], s["seq_len"])
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        '<p class="soft">A lens reads an activation out of a language model, says in a few words what is in it, and proves the words by '
+        "rebuilding the activation from them alone. Measured here on documents it has never seen.</p>",
+        _setting(s),
+        "<h2>How much of the activation the words hold</h2>",
+        f'<div class="card">{_forest(result)}</div>',
+        '<p class="soft"><code>fve_nrm</code>, with 95 % intervals over documents. Above the lens stand ceilings, below it floors. '
+        f"A copy is the context&rsquo;s own last {s['t_text']} tokens in the explanation&rsquo;s place: it needs no lens, and a lens earns "
+        "its name when it beats it.</p>",
+        "<h2>Every figure</h2>",
+        *(_table(result, names) for names in BLOCKS),
+        f'<p class="soft">{escape(describe(result))} {result.roundtrip:.1%} of the explanations are re-tokenised to the very tokens '
+        "that were said; all are read from their string.</p>",
+        _definitions(),
+    ]
+    if result.examples:
+        parts += [
+            "<h2>The first held-out rows</h2>",
+            '<p class="soft">Not chosen: the first in the order of the data.</p>',
+            _examples(result),
+        ]
+    if result.documents:
+        parts += ["<h2>Held-out texts, token by token</h2>", legend(trained)]
+        parts += [coloured(document["tokens"], trained) for document in result.documents]
+    if drawings := curves(curve):
+        cards = "".join(f'<div class="card">{drawing}</div>' for drawing in drawings)
+        parts += ["<h2>Training</h2>", f'<div class="plots">{cards}</div>']
+    return page(f"{title} · megalens", "\n".join(parts))
+
+
+def write_explanation(path: str | Path, tokens: list[TokenExplanation], title: str, trained: range) -> None:
+    """Write a page with the explanations of one text.
+
+    Args:
+        tokens: as :meth:`megalens.Lens.explain` gives them.
+        title: shown on top.
+        trained: positions the lens was trained on.
+    """
+    body = [f"<h1>{escape(title)}</h1>", legend(trained), coloured([asdict(token) for token in tokens], trained)]
+    _save(Path(path), page(f"{title} · megalens", "\n".join(body)))
+
+
+def _save(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write(text.encode(errors="replace"))
+
+
+def _setting(s: dict) -> str:
+    shown = {
+        "subject": s["model"],
+        "after block": s["layer_l"],
+        "tokens per explanation": s["t_text"],
+        "training": s.get("trained"),
+        "trained weights": s["train_mode"],
+        "text": s["dataset"],
+        "held-out rows": s["rows"],
+        "documents": s["documents"],
+        "checkpoint": s.get("checkpoint"),
+    }
+    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in shown.items() if value is not None)
+    return f'<dl class="setting">{"".join(items)}</dl>'
+
+
+def _forest(result: Result) -> str:
+    rows = []
+    for source, figures in _sources(result):
+        value = figures["fve_nrm"]
+        ends = (figures.get("fve_nrm_low", value), figures.get("fve_nrm_high", value))
+        rows.append((LABELS[source], value, *ends, source == "lens"))
+    return intervals(rows)
+
+
+def _table(result: Result, names: tuple[str, ...]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = []
+    for source, figures in _sources(result):
+        cells = "".join(f"<td>{_cell(figures, name)}</td>" for name in names)
+        ours = ' class="ours"' if source == "lens" else ""
+        rows.append(f'<tr{ours}><th scope="row">{escape(LABELS[source])}</th>{cells}</tr>')
+    return f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(figures: dict[str, float], name: str) -> str:
+    if f"{name}_low" not in figures:
+        return number(figures[name])
+    low, high = (number(figures[f"{name}_{end}"]) for end in ("low", "high"))
+    return f"{number(figures[name])}<small>[{low}, {high}]</small>"
+
+
+def _sources(result: Result) -> list[tuple[str, dict[str, float]]]:
+    return [(source, result.figures[source]) for source in LABELS if source in result.figures]
+
+
+def _definitions() -> str:
+    items = "".join(f"<p><code>{name}</code>: {text}</p>" for name, text in _DEFINITIONS.items())
+    return f'<details><summary>what the figures mean</summary><div class="soft">{items}</div></details>'
+
+
+def _examples(result: Result, tail: int = 160) -> str:
+    rows = []
+    for example in result.examples:
+        context = example["context"]
+        shown = "…" + context[-tail:] if len(context) > tail else context
+        said = escape(example["explanation"]) or "(nothing)"
+        fve = f'<span class="t {shade(example["fve"])}"> {example["fve"]:.2f} </span>'
+        rows.append(f'<tr><td class="tail">{escape(shown)}</td><td class="said">{said}</td><td>{fve}</td></tr>')
+    head = "<thead><tr><th>context ends with</th><th>explanation</th><th>FVE</th></tr></thead>"
+    return f'<div class="card"><table class="words">{head}<tbody>{"".join(rows)}</tbody></table></div>'

@@ -1,0 +1,72 @@
+"""The result as plain text: our lens beside every floor and ceiling, and examples."""
+
+from __future__ import annotations
+
+from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.evaluation import Result
+from megalens.evaluate.text import visible
+
+BLOCKS = (("fve_nrm", "fve_std", "fve", "kl_recovered"), ("cos", "kl", "top1", "failed"))
+
+
+def table(result: Result) -> str:
+    """Aligned plain text: one line per source, 95 % intervals in brackets."""
+    blocks = []
+    for names in BLOCKS:
+        rows = [["", *names]]
+        for source, label in LABELS.items():
+            if source in result.figures:
+                rows.append([label, *(interval(result.figures[source], name) for name in names)])
+        blocks.append(align(rows))
+    ours = result.figures["lens"]
+    quantiles = ", ".join(f"{ours[f'cos_q{q}']:.3f}" for q in ("05", "50", "95"))
+    notes = [
+        describe(result),
+        f"The lens: cos at its 5, 50 and 95 % quantiles {quantiles}; {result.roundtrip:.1%} of its texts round-trip token for token.",
+    ]
+    return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def interval(figures: dict[str, float], name: str) -> str:
+    """``0.412 [0.398, 0.426]``, or the bare figure where there is no interval."""
+    value, low, high = (figures.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{value:.3f}".replace("-0.000", "0.000")
+
+
+def align(rows: list[list[str]]) -> str:
+    """Columns padded to their widest cell; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def describe(result: Result) -> str:
+    """In one sentence, what the figures are of."""
+    s = result.setting
+    return (
+        f"{s['rows']} held-out activations of {s['documents']} documents ({s['dataset']}), {s['model']}, layer {s['layer_l']}, "
+        f"explanations and copies of {s['t_text']} tokens; brackets: 95 % interval over documents ({s['bootstrap']} resamples)."
+    )
+
+
+def examples(result: Result, tail: int = 60) -> str:
+    """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen."""
+    rows = [["context ends with", "  explanation", "FVE"]]
+    for example in result.examples:
+        context = visible(example["context"])
+        rows.append(
+            [
+                ("…" + context[-tail:] if len(context) > tail else context).rjust(tail + 1),
+                visible(example["explanation"]),
+                f"{example['fve']:.2f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"{row[0].rjust(widths[0])} → {row[1].strip().ljust(widths[1])} {row[2]:>6}" for row in rows)

@@ -1,0 +1,44 @@
+"""What can be known to fail before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megalens.config import Config, ConfigError
+from megalens.data import dump
+from megalens.data.shards import REDUMP
+from megalens.engine import ds_config
+from megalens.engine.base import EngineError
+from megalens.lens.subject import resolve_device
+from megalens.resume import source_folder
+
+
+def check_ready(config: Config) -> torch.device:
+    """Refuse a training that can not run, and tell its device.
+
+    Raises:
+        ValueError: one of ours, in one line that names the mend.
+    """
+    device = resolve_device(config.device)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % ranks:
+        raise EngineError(f"batch_size={config.batch_size} can not be shared by {ranks} processes; make it a multiple of {ranks}")
+    if config.kl_base_weight and config.batch_size // ranks % 2:
+        raise EngineError(f"batch_size={config.batch_size} gives {config.batch_size // ranks} samples to each of {ranks} processes; kl_base_weight needs an even number")
+    if config.deepspeed is not None:
+        ds_config.resolve(config, ranks)
+    if config.init_from is not None and not _has_checkpoint(config):
+        source_folder(config)
+    for split in ("train", "val"):
+        wrong = dump.check(config, split)
+        if wrong is not None:
+            mend = "" if "dump_acts" in wrong else f"; {REDUMP}"
+            raise ConfigError(f"{wrong}{mend}")
+    return device
+
+
+def _has_checkpoint(config: Config) -> bool:
+    return config.checkpoint.resume and Path(config.run_dir / "last" / "trainer.json").is_file()

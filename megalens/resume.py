@@ -1,0 +1,99 @@
+"""Where a training starts: at its own last checkpoint, at another run's lens, or fresh."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megalens.config import Config, load_config
+from megalens.engine.checkpoint import CheckpointError, RunFolder, Statistics, check_subject, read_about, read_json, read_statistics, read_weights
+from megalens.trainer import TRAINER_VERSION, Progress
+
+_SAME = ("layer_l", "t_text", "dtype", "batch_size", "gradient_accumulation_steps", "seed")
+_SAME_PARTS = ("verbalizer", "reconstructor", "lora")
+
+
+@dataclass
+class Start:
+    """What a training starts with: weights are None for a fresh lens, ``optimizer`` is the folder of an optimizer's state."""
+
+    progress: Progress
+    statistics: Statistics
+    weights: dict[str, Tensor] | None = None
+    optimizer: Path | None = None
+    where: str = "fresh"
+
+
+def identity(config: Config, fingerprint: str, meta: dict) -> dict:
+    """What must stay the same for a training to go on: the lens' shape, and what the order of samples hangs on.
+
+    Args:
+        fingerprint: of the subject.
+        meta: of the training dump.
+    """
+    same = {"model_name": fingerprint, "dump": hashlib.sha256(json.dumps(meta["shards"]).encode()).hexdigest()[:16]}
+    same |= {key: getattr(config, key) for key in _SAME}
+    for part in _SAME_PARTS:
+        same |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
+    return same
+
+
+def find_start(config: Config, run: RunFolder, reader, same: dict) -> Start:
+    """Where this training starts.
+
+    Args:
+        run: its folder.
+        reader: of the training dump, for the statistics of a fresh lens.
+        same: its :func:`identity`.
+
+    Raises:
+        CheckpointError: the last checkpoint is of another training, or the lens of ``init_from`` does not fit.
+    """
+    if config.checkpoint.resume and run.last is not None:
+        return _resumed(run, same)
+    if config.init_from is not None:
+        return _initialised(config, same["model_name"])
+    return Start(Progress(), Statistics.of(reader))
+
+
+def _resumed(run: RunFolder, same: dict) -> Start:
+    saved = read_json(run.last / "trainer.json")
+    if saved.get("format_version") != TRAINER_VERSION:
+        raise CheckpointError(f"{run.last} is of another version of megalens; start anew with checkpoint.resume=false")
+    changed = [key for key in same if saved["identity"].get(key) != same[key]]
+    if changed:
+        was = ", ".join(f"{key}={saved['identity'].get(key)} (now {same[key]})" for key in changed)
+        raise CheckpointError(f"{run.folder} was begun with {was}; set them back, choose another run_name, or start anew with checkpoint.resume=false")
+    where = f"{run.last.name} of {run.folder}"
+    return Start(Progress(**saved["progress"]), read_statistics(run.last), read_weights(run.last), run.last / "engine", where)
+
+
+def _initialised(config: Config, fingerprint: str) -> Start:
+    folder = source_folder(config)
+    about, statistics = read_about(folder), read_statistics(folder)
+    check_subject(folder, fingerprint)
+    if about["subject"]["layer_l"] != config.layer_l:
+        raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={about['subject']['layer_l']}, not of layer_l={config.layer_l}")
+    return Start(Progress(), statistics, read_weights(folder), where=str(folder))
+
+
+def source_folder(config: Config) -> Path:
+    """The checkpoint that ``init_from`` names: a folder, or the configuration of the run whose best one it is.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    source = Path(config.init_from)
+    if source.suffix not in (".yaml", ".yml"):
+        if not (source / "lens.json").is_file():
+            raise CheckpointError(f"init_from={source} is no checkpoint (it holds no lens.json); a run's best one is outputs/<run>/best")
+        return source
+    folder = load_config([f"config={source}"]).run_dir / "best"
+    if not (folder / "lens.json").is_file():
+        raise CheckpointError(f"init_from={source}: its run has no checkpoint in {folder}; train it first: python megalens/train.py config={source}")
+    return folder

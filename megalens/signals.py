@@ -1,0 +1,36 @@
+"""Stopping cleanly: a signal is remembered, and the training stops behind the step it is in."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_IMPATIENCE = 1.0  # seconds; a launcher passes on the Ctrl-C that its processes have already got from the terminal
+
+
+class StopSignals:
+    """While entered: SIGTERM and SIGINT set :attr:`received`. A second SIGINT, a moment later, stops at once.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._since = 0.0
+        self._before: dict = {}
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._receive) for number in _WATCHED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _IMPATIENCE:
+            raise KeyboardInterrupt

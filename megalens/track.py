@@ -1,0 +1,159 @@
+"""Where a training's figures go: W&B (offline unless asked otherwise), a plain ``metrics.jsonl`` beside it, and the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megalens.config import Config
+
+_LINE_EVERY = 5.0  # seconds between two progress lines where there is no terminal
+
+
+class TrackingError(ValueError):
+    """W&B could not be started. The message is one line and names the mend."""
+
+
+class Curve:
+    """``metrics.jsonl``: one JSON object per line, ``step`` and the figures logged there.
+
+    Args:
+        path: the file.
+        lines: how many of its lines count; what a killed run wrote behind them is cut off.
+    """
+
+    def __init__(self, path: Path, lines: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.exists() else []
+        with path.open("wb") as file:
+            file.writelines(kept)
+        self.lines = len(kept)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+        self.lines += 1
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+def read_curve(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+class Console:
+    """Progress: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        name: what runs.
+        total, done: micro-steps.
+    """
+
+    def __init__(self, name: str, total: int, done: int):
+        self.total, self._shown, self._notes = total, 0.0, {}
+        self._name, self._done, self._bar = name, done, None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int, **notes: float) -> None:
+        """The training is at micro-step ``step``; ``notes`` (loss, fve, ...) are shown until replaced."""
+        self._notes |= notes
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in self._notes.items()}, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step > self._done and (time.monotonic() - self._shown > _LINE_EVERY or step == self.total):
+            self._shown = time.monotonic()
+            self.say(f"{self._name} {step}/{self.total} " + " ".join(f"{name} {value:.4g}" for name, value in self._notes.items()))
+        self._done = step
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it should be."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Tracker:
+    """The run in W&B; does nothing when ``wandb.mode`` is ``disabled``.
+
+    Args:
+        config: the run's configuration; all of it is logged (it holds no secret).
+        run_id: the W&B run to go on with; None: a new one (or the one a sweep's agent names).
+
+    Attributes:
+        run_id: the run's id, to be kept for a resume; None when disabled.
+
+    Raises:
+        TrackingError: W&B does not start.
+    """
+
+    def __init__(self, config: Config, run_id: str | None = None):
+        self.run_id: str | None = run_id
+        self._run = None
+        if config.wandb.mode != "disabled":
+            self._run = _start(config, run_id or os.environ.get("WANDB_RUN_ID"))
+            self.run_id = self._run.id
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Figures at a micro-step."""
+        if self._run is not None:
+            self._run.log({**figures, "step": step})
+
+    def examples(self, step: int, examples: list[dict[str, Any]]) -> None:
+        """A table of sample explanations."""
+        if self._run is not None and examples:
+            import wandb
+
+            columns = list(examples[0])
+            self._run.log({"val/examples": wandb.Table(columns, [[row[c] for c in columns] for row in examples]), "step": step})
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+
+
+def _start(config: Config, run_id: str | None):
+    import wandb
+
+    folder = config.run_dir / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    online = config.wandb.mode == "online"
+    try:
+        run = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.run_name,
+            id=run_id,
+            resume="allow" if online else None,
+            mode=config.wandb.mode,
+            dir=str(config.run_dir),
+            config=dataclasses.asdict(config),
+            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrackingError(f"W&B does not start ({reason}); log in with `wandb login`, or set wandb.mode=offline") from None
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,0 +1,120 @@
+"""Train a lens.
+
+    python megalens/train.py config=conf/demo.yaml key=value ...
+    torchrun --nproc_per_node 2 megalens/train.py config=conf/demo.yaml ...
+    deepspeed --num_gpus 2 megalens/train.py --deepspeed ds_configs/z3.json config=conf/demo.yaml ...
+
+Every key is described in conf/config.yaml. The activations must have been dumped (tools/dump_acts.py; tools/run_pipeline.py does both).
+The run lies in outputs/<run_name>/: checkpoints, the links last and best, metrics.jsonl, wandb/. The same command again goes on from the
+last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints.
+
+Exit codes: 0 finished; 1 an error, told in one line; 143 or 130 stopped by SIGTERM or Ctrl-C behind a saved checkpoint (a second Ctrl-C
+stops at once, without saving).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+if Path(sys.path[0] or ".").resolve() == _HERE:  # run by path: megalens/ itself must not hide packages of its modules' names
+    sys.path[0] = str(_HERE.parent)
+
+from megalens import cli  # noqa: E402
+
+
+def main(arguments: list[str]) -> int:
+    """Train as the arguments say; returns the exit code."""
+    from megalens.config import load_config
+    from megalens.engine import join_ranks, leave_ranks
+    from megalens.preflight import check_ready
+
+    config = load_config(arguments)
+    device = check_ready(config)
+    join_ranks(device)
+    try:
+        return train(config)
+    finally:
+        leave_ranks()
+
+
+def train(config) -> int:
+    """Build everything, train, close."""
+    import torch.distributed as dist
+
+    from megalens.data.loader import ActivationLoader
+    from megalens.engine import build_engine
+    from megalens.engine.checkpoint import RunFolder
+    from megalens.evaluate.metrics import Reference
+    from megalens.lens.lens import build_lens
+    from megalens.lens.subject import subject_fingerprint
+    from megalens.resume import find_start, identity
+    from megalens.track import Console, Curve, Tracker
+    from megalens.trainer import Run, Trainer, clock_of, is_finished
+    from megalens.validation import Validator
+
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    folder = RunFolder(config.run_dir)
+    if rank == 0:
+        folder.tidy()
+        if not config.checkpoint.resume and folder.clear():
+            print(f"checkpoint.resume=false: the earlier checkpoints of {config.run_dir} are removed", file=sys.stderr)
+    if world_size > 1:
+        dist.barrier()
+
+    loader = ActivationLoader(config.activation_dir("train"), config.batch_size, config.seed, rank, world_size)
+    held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
+    same = identity(config, subject_fingerprint(config), loader.reader.meta)
+    clock = clock_of(config, loader.steps_per_epoch)
+    start = find_start(config, folder, loader.reader, same)
+    if is_finished(start.progress, clock):
+        if rank == 0:
+            print(f"{config.run_dir} is finished: {start.progress.step} micro-steps; train longer (max_train_steps) or choose another run_name", file=sys.stderr)
+        return 0
+
+    lens = build_lens(config, start.statistics.mean, start.statistics.var)
+    if start.weights is not None:
+        lens.load_lens_state(start.weights)
+    engine = build_engine(config, lens, lens.parameter_groups(), start.weights)
+    if start.optimizer is not None:
+        engine.load_state(start.optimizer)
+    run = Run(folder)
+    if engine.is_main:
+        run.curve = Curve(config.run_dir / "metrics.jsonl", start.progress.curve_lines)
+        run.tracker = Tracker(config, start.progress.wandb_run)
+        run.console = Console(config.run_name or "run", clock.total_steps, start.progress.step)
+        run.console.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps")
+        start.progress.wandb_run = run.tracker.run_id
+    validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
+    trainer = Trainer(config, engine, lens, loader, validator, start.statistics, start.progress, same, run)
+    code = 1
+    try:
+        stopped_by = trainer.fit()
+        code = 128 + stopped_by if stopped_by else 0
+    finally:
+        if engine.is_main:
+            run.console.close()
+            run.tracker.close(code)
+            run.curve.close()
+    if engine.is_main:
+        say = f"stopped by signal {stopped_by}; the same command goes on from here" if stopped_by else "finished"
+        print(f"{say}: {config.run_dir}/last at micro-step {start.progress.step}", file=sys.stderr)
+    engine.close()
+    return code
+
+
+def told_once(arguments: list[str]) -> int:
+    """:func:`main`, but an error that rank 0 has too is told by it alone: the others wait to be ended by the launcher first."""
+    try:
+        return main(arguments)
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(told_once, __doc__)

@@ -1,0 +1,278 @@
+"""The training loop: validate, save, stop or step; each where it is due.
+
+Everything that moves is a function of the micro-step (sample order, noise, schedules, learning rate), so a training that was killed goes on
+from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalens.config import Config
+from megalens.engine.base import Engine
+from megalens.engine.checkpoint import RunFolder, Statistics, first_not_finite, save_lens
+from megalens.engine.files import save_json
+from megalens.lens.lens import Step
+from megalens.schedule import Clock, duration_steps, lr_factor, schedule_value
+from megalens.signals import StopSignals
+from megalens.track import Console, Curve, Tracker
+from megalens.validation import Validator, examples_table
+
+SKIPS_IN_A_ROW = 50
+TRAINER_VERSION = 1
+
+
+class TrainingError(ValueError):
+    """The training can not go on. The message is one line and names the mend."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands; kept in a checkpoint's ``trainer.json``.
+
+    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` optimizer steps skipped for a non-finite gradient. ``best`` holds
+    ``[metric, checkpoint name]``, the best first. ``window`` sums the training figures since they were last logged.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    validated: int = -1
+    saved: int = -1
+    best: list[list] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)
+    window_size: int = 0
+    curve_lines: int = 0
+    wandb_run: str | None = None
+
+
+@dataclass
+class Run:
+    """What a training writes to; all but the folder on rank 0 only."""
+
+    folder: RunFolder
+    curve: Curve | None = None
+    tracker: Tracker | None = None
+    console: Console | None = None
+
+
+def clock_of(config: Config, steps_per_epoch: int) -> Clock:
+    """The training's clock; its length is cut to whole optimizer steps.
+
+    Raises:
+        TrainingError: it is shorter than one optimizer step.
+    """
+    accumulation = config.gradient_accumulation_steps
+    length = f"{config.num_train_epochs}e" if config.max_train_steps is None else config.max_train_steps
+    total = duration_steps(length, Clock(steps_per_epoch, accumulation, 0)) // accumulation * accumulation
+    if total == 0:
+        key = "num_train_epochs" if config.max_train_steps is None else "max_train_steps"
+        raise TrainingError(
+            f"{key}={getattr(config, key)} is less than one optimizer step: an epoch is {steps_per_epoch} micro-steps, "
+            f"an optimizer step {accumulation} (gradient_accumulation_steps)"
+        )
+    return Clock(steps_per_epoch, accumulation, total)
+
+
+class Trainer:
+    """One training.
+
+    Args:
+        config: its configuration.
+        engine: moves the weights.
+        lens: the module inside the engine.
+        loader: batches of this rank.
+        validator: measures on held-out rows.
+        statistics: of the training activations.
+        progress: where it stands; a fresh one, or a checkpoint's.
+        identity: what a resume must find unchanged; kept in ``trainer.json``.
+        run: what it writes.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, lens, loader, validator: Validator, statistics: Statistics, progress: Progress, identity: dict, run: Run
+    ):
+        self.config, self.engine, self.lens, self.loader = config, engine, lens, loader
+        self.validator, self.statistics, self.progress, self.identity, self.run = validator, statistics, progress, identity, run
+        self.clock = clock_of(config, loader.steps_per_epoch)
+        self.intervals = {
+            "log": duration_steps(config.log_interval, self.clock),
+            "validate": duration_steps(config.validation.interval, self.clock),
+            "save": duration_steps(config.checkpoint.save_interval, self.clock),
+        }
+        self._logged, self._since, self._examples = progress.step, time.monotonic(), []
+        self._saved_validation = progress.validated if progress.saved >= 0 else None
+
+    def fit(self) -> int | None:
+        """Train to the end, or until a signal.
+
+        Returns:
+            None at the end; the signal's number when one stopped it (the training can go on from its last checkpoint).
+        """
+        batches = self.loader.batches(start_step=self.progress.step)
+        with StopSignals() as signals:
+            while True:
+                stop = max(self.engine.gather(signals.received or 0)) if self.engine.any(signals.received is not None) else 0
+                at_end = self.progress.step >= self.clock.total_steps
+                improved = not stop and self._validate_if_due(at_end)
+                self._save_if_due(stop or at_end or improved)
+                if stop or at_end:
+                    break
+                self._step(list(islice(batches, self.clock.steps_per_update)))
+        batches.close()
+        if not stop:
+            self._say(examples_table(self._examples))
+        return stop or None
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def _step(self, batches: list[dict]) -> None:
+        step = self.progress.step
+        torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.rank) % 2**63)  # dropout, the same after a resume
+        metrics = self.engine.train_step(batches, self._at(step), lr_factor(self.config.lr_scheduler, step, self.clock))
+        self.progress.step += self.clock.steps_per_update
+        if metrics.pop("skipped"):
+            self._skip(metrics)
+        else:
+            self.progress.skipped_in_a_row = 0
+            for name, value in metrics.items():
+                self.progress.window[name] = self.progress.window.get(name, 0.0) + value
+            self.progress.window_size += 1
+        self._log_if_due(step)
+        self._show(loss=metrics["loss"])
+
+    def _at(self, step: int) -> Step:
+        return Step(
+            update=step // self.clock.steps_per_update,
+            tau=schedule_value(self.config.gumbel_tau_schedule, step, self.clock),
+            alpha=schedule_value(self.config.alpha_schedule, step, self.clock),
+        )
+
+    def _skip(self, metrics: dict[str, float]) -> None:
+        p = self.progress
+        p.skipped += 1
+        p.skipped_in_a_row += 1
+        self._say(f"warning: optimizer step {p.step // self.clock.steps_per_update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
+        if p.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise TrainingError(
+                f"{SKIPS_IN_A_ROW} optimizer steps in a row had a loss or gradient that was not finite; "
+                "lower learning_rate, or find the place with detect_anomaly=true"
+            )
+
+    def _log_if_due(self, step: int) -> None:
+        """``step`` is where the optimizer step just taken began."""
+        p = self.progress
+        if not (_crossed(self.intervals["log"], step, p.step) or p.step == self.clock.total_steps) or not p.window_size:
+            return
+        figures = {f"train/{name}": value / p.window_size for name, value in p.window.items()}
+        at, now = self._at(step), time.monotonic()
+        figures |= {
+            "train/learning_rate": self.config.learning_rate * lr_factor(self.config.lr_scheduler, step, self.clock),
+            "train/tau": at.tau,
+            "train/alpha": at.alpha,
+            "train/epoch": p.step / self.clock.steps_per_epoch,
+            "train/skipped": p.skipped,
+            "perf/samples_per_second": (p.step - self._logged) * self.config.batch_size / max(now - self._since, 1e-9),
+        }
+        self._logged, self._since = p.step, now
+        p.window, p.window_size = {}, 0
+        self._log(figures)
+
+    # ------------------------------------------------------------------------------------------- validating and saving
+
+    def _validate_if_due(self, at_end: bool) -> bool:
+        """Validate at the start, after each interval and at the end. True when this is one of the best."""
+        p = self.progress
+        due = p.validated < 0 or at_end or _crossed(self.intervals["validate"], p.validated, p.step)
+        if not due or p.validated == p.step:
+            return False
+        started = time.monotonic()
+        figures, self._examples = self.validator(self._at(p.step))
+        self._since += time.monotonic() - started
+        p.validated = p.step
+        self._log(figures)
+        if self.engine.is_main:
+            self.run.tracker.examples(p.step, self._examples)
+        self._show(fve=figures.get("val/fve_nrm", math.nan))
+        return self._rank(figures)
+
+    def _rank(self, figures: dict[str, float]) -> bool:
+        """Is the model as it stands among the best? It then has a place in the list, under the name its checkpoint will get."""
+        options, p = self.config.checkpoint, self.progress
+        if options.best_metric not in figures:
+            raise TrainingError(f"checkpoint.best_metric={options.best_metric} is not measured; there are: {', '.join(sorted(figures))}")
+        value = figures[options.best_metric]
+        if not math.isfinite(value):
+            return False
+        name = self.run.folder.name(p.step)
+        sign = -1 if options.best_mode == "max" else 1
+        best = sorted([*p.best, [value, name]], key=lambda entry: sign * entry[0])[: options.track_best_n]
+        improved = [value, name] in best
+        p.best = best if improved else p.best
+        return improved
+
+    def _save_if_due(self, now: bool) -> None:
+        """Save after each interval, and when ``now``; never the same state twice."""
+        p = self.progress
+        due = now or _crossed(self.intervals["save"], max(p.saved, 0), p.step)
+        if not due or (p.saved, self._saved_validation) == (p.step, p.validated):
+            return
+        weights = self.engine.full_state(self.lens.lens_state_names())
+        spoilt = first_not_finite(weights)
+        if self.engine.any(spoilt is not None):
+            raise TrainingError(
+                f"the weights are not finite at micro-step {p.step} ({spoilt}); they are not saved, the last checkpoint stays; lower learning_rate"
+            )
+        p.saved, self._saved_validation = p.step, p.validated
+        if self.engine.is_main:
+            self._write(weights)
+        else:
+            self.engine.save_state(Path())  # takes part in gathering it
+        self.engine.barrier()
+
+    def _write(self, weights: dict) -> None:
+        p, run = self.progress, self.run
+        run.curve.sync()
+        p.curve_lines = run.curve.lines
+
+        def fill(folder: Path) -> None:
+            save_lens(folder, self.config, weights, self.statistics, self.lens.subject.fingerprint)
+            (folder / "engine").mkdir()
+            self.engine.save_state(folder / "engine")
+            state = {"format_version": TRAINER_VERSION, "progress": dataclasses.asdict(p), "identity": self.identity}
+            save_json(folder / "trainer.json", state | {"world_size": self.engine.world_size})
+
+        run.folder.write(run.folder.name(p.step), fill, [name for _, name in p.best])
+
+    # ------------------------------------------------------------------------------------------------------- telling
+
+    def _log(self, figures: dict[str, float]) -> None:
+        if self.engine.is_main:
+            self.run.curve.log(self.progress.step, figures)
+            self.run.tracker.log(self.progress.step, figures)
+
+    def _show(self, **notes: float) -> None:
+        if self.engine.is_main:
+            self.run.console.advance(self.progress.step, **notes)
+
+    def _say(self, text: str) -> None:
+        if self.engine.is_main and text:
+            self.run.console.say(text)
+
+
+def is_finished(progress: Progress, clock: Clock) -> bool:
+    """Has a training reached its end, its last validation and save included?"""
+    return progress.step >= clock.total_steps and progress.validated == progress.saved == progress.step
+
+
+def _crossed(interval: int, before: int, now: int) -> bool:
+    """Does a multiple of ``interval`` lie in ``(before, now]``?"""
+    return now // max(1, interval) > before // max(1, interval)

@@ -1,0 +1,45 @@
+"""Packaging. Ranges say what should work; constraints.txt says what was tested, and `make` installs exactly that."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.11,<3",  # tensors, autograd, compile, distributed
+    "transformers>=5.20,<6",  # the subjects: every causal LM comes from here
+    "tokenizers>=0.22,<1",  # byte-level BPE of the tiny models
+    "safetensors>=0.6,<1",  # weights on disk, read without executing them
+    "datasets>=5,<6",  # text from the hub or local files; pretokenized corpora
+    "pyarrow>=21",  # activation shards: Arrow IPC with zstd, memory-mapped
+    "numpy>=2,<3",  # row-wise metrics and shard planes
+    "omegaconf>=2.4,<3",  # typed configuration merged from files and arguments
+    "tqdm>=4.66,<5",  # progress bars
+    "xxhash>=3.5",  # checksums of shards and fingerprints
+    "peft>=0.21,<1",  # LoRA adapters on the shared base
+    "wandb>=0.31,<1",  # curves and tables of a run, offline by default
+]
+DEEPSPEED = [
+    "deepspeed>=0.19,<1",  # ZeRO 0-3 and offload
+    "ninja>=1.11",  # builds DeepSpeed's CPU collective and optimizer on first use
+]
+DEMO = [
+    "gguf>=0.17,<1",  # reads the packaged SmolLM2 weights
+]
+DEV = [
+    "pytest>=9,<10",  # the tests
+    "pytest-xdist>=3.8,<4",  # one test process per core
+    "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
+]
+
+setup(
+    name="megalens",
+    version="0.1.0",
+    description="Consistency lenses: read an activation of a language model, say it in words, prove the words by rebuilding it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megalens", "megalens.*"]),
+    install_requires=REQUIRED,
+    extras_require={"deepspeed": DEEPSPEED, "demo": DEMO, "dev": DEEPSPEED + DEMO + DEV},
+)

@@ -1,0 +1,200 @@
+"""The pipeline: which stages run, with which settings, and what a stop or a failure leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import run_pipeline
+from conftest import ROOT
+
+from megalens.config import ConfigError
+
+STAGE = """
+import os, pathlib, signal, sys, time
+log = pathlib.Path(os.environ["STAGE_LOG"])
+name = pathlib.Path(sys.argv[0]).stem
+def note(text): log.open("a").write(f"{name} {text}\\n")
+def stop(number, frame):
+    note("stopped cleanly")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+note(" ".join(sys.argv[1:]))
+if os.environ.get("STAGE_FAILS") == name:
+    sys.exit("error: the disk is full")
+if os.environ.get("STAGE_WAITS") == name:
+    time.sleep(60)
+"""
+
+DRIVER = """
+import sys, pathlib, run_pipeline
+run_pipeline.ROOT = pathlib.Path(sys.argv[1])
+run_pipeline.data_stages = lambda config: iter([("pretokenize.py", config.pretokenized_dir, "is missing")])
+run_pipeline.cli.run(lambda _: run_pipeline.main(["config=conf/tiny.yaml"]), "")
+"""
+
+
+@pytest.fixture
+def stages(checkout, tmp_path, monkeypatch):
+    """Stand-ins for the stage commands; calling it gives the lines they logged."""
+    root, log = tmp_path / "stand-in", tmp_path / "log"
+    for path in ("tools/pretokenize.py", "tools/dump_acts.py", "megalens/train.py"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(STAGE)
+    log.touch()
+    monkeypatch.setenv("STAGE_LOG", str(log))
+    monkeypatch.setattr(run_pipeline, "ROOT", root)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda: log.read_text().splitlines()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def reasons(monkeypatch, pretokenized, dumped):
+    def data_stages(config):
+        yield "pretokenize.py", config.pretokenized_dir, pretokenized
+        yield "dump_acts.py", config.activation_dir("train"), dumped
+
+    monkeypatch.setattr(run_pipeline, "data_stages", data_stages)
+
+
+# -------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_a_plain_config_is_one_training(checkout):
+    (phase,) = run_pipeline.plan(["config=conf/tiny.yaml", "--learning_rate=1e-4", "force_redump=true"])
+    assert phase.arguments == ["config=conf/tiny.yaml", "learning_rate=1e-4"]
+    assert phase.config.force_redump
+
+
+def test_the_warm_start_named_by_init_from_runs_first(checkout):
+    warm, final = run_pipeline.plan(["config=conf/tiny_from_warmstart.yaml"])
+    assert (warm.config.run_name, final.config.run_name) == ("tiny_warmstart", "tiny_from_warmstart")
+
+
+def test_settings_of_data_and_lens_reach_the_warm_start_and_those_of_the_training_do_not(checkout):
+    settings = ["t_text=3", "dataset.min_words=7", "learning_rate=1e-5", "run_name=other", "seed=1"]
+    warm, final = run_pipeline.plan(["config=conf/tiny_from_warmstart.yaml", *settings, "--deepspeed", "z1.json"])
+    assert final.arguments[1:] == [*settings, "deepspeed=z1.json"]
+    assert warm.arguments == ["config=conf/tiny_warmstart.yaml", "t_text=3", "dataset.min_words=7", "deepspeed=z1.json"]
+    assert warm.config.t_text == 3
+
+
+def test_a_chain_of_warm_starts_runs_from_its_beginning(checkout, tmp_path):
+    middle = tmp_path / "middle.yaml"
+    middle.write_text("init_from: conf/tiny_warmstart.yaml")
+    phases = run_pipeline.plan(["config=conf/tiny_from_warmstart.yaml", f"init_from={middle}"])
+    assert [phase.config.run_name for phase in phases] == ["tiny_warmstart", "middle", "tiny_from_warmstart"]
+
+
+def test_a_chain_that_leads_back_to_itself_is_refused(checkout, tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.write_text(f"init_from: {loop}")
+    with pytest.raises(ConfigError, match=r"init_from leads back to .*loop.yaml"):
+        run_pipeline.plan([f"config={loop}"])
+
+
+def test_a_checkpoint_to_start_from_is_no_phase(checkout):
+    assert len(run_pipeline.plan(["config=conf/tiny.yaml", "init_from=outputs/x/best"])) == 1
+
+
+def test_deepspeed_is_started_by_its_own_launcher(checkout, monkeypatch):
+    monkeypatch.setattr(run_pipeline.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (phase,) = run_pipeline.plan(["config=conf/tiny.yaml", "--deepspeed", "z1.json"])
+    launcher = run_pipeline.launcher(phase.config)
+    assert Path(launcher[0]).name == "deepspeed"
+    assert Path(launcher[1]).name == "train.py"
+
+
+# ------------------------------------------------------------------------------------------------------------ the stages
+
+
+def test_what_is_valid_is_reused_and_what_is_not_is_made(stages, monkeypatch, capfd):
+    reasons(monkeypatch, None, "val split: the dump is of layer 1")
+    run_pipeline.main(["config=conf/tiny.yaml", "seed=3"])
+    assert stages() == ["dump_acts config=conf/tiny.yaml seed=3", "train config=conf/tiny.yaml seed=3"]
+    said = capfd.readouterr().err
+    assert "data/pretokenized/tiny: valid, reusing it" in said
+    assert "data/activations/tiny-llama/layer_2/tiny_train: val split: the dump is of layer 1" in said
+
+
+def test_force_redump_makes_the_data_anew_once(stages, monkeypatch):
+    reasons(monkeypatch, None, None)
+    run_pipeline.main(["config=conf/tiny_from_warmstart.yaml", "force_redump=true"])
+    assert stages() == [
+        "pretokenize config=conf/tiny_warmstart.yaml force_redump=true",
+        "dump_acts config=conf/tiny_warmstart.yaml force_redump=true",
+        "train config=conf/tiny_warmstart.yaml",
+        "train config=conf/tiny_from_warmstart.yaml",
+    ]
+
+
+def test_a_failing_stage_ends_the_pipeline_with_its_error_and_code(stages, monkeypatch, capfd):
+    reasons(monkeypatch, "is missing", "is missing")
+    monkeypatch.setenv("STAGE_FAILS", "dump_acts")
+    with pytest.raises(SystemExit) as caught:
+        run_pipeline.main(["config=conf/tiny.yaml"])
+    assert caught.value.code == 1
+    assert [line.split()[0] for line in stages()] == ["pretokenize", "dump_acts"]
+    assert "error: the disk is full" in capfd.readouterr().err
+
+
+def start_and_wait_for(stage, stages, checkout, monkeypatch):
+    monkeypatch.setenv("STAGE_WAITS", stage)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tools'}{os.pathsep}{ROOT}")
+    pipeline = subprocess.Popen([sys.executable, "-c", DRIVER, str(run_pipeline.ROOT)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: any(line.startswith(stage) for line in stages()))
+    return pipeline
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_lets_the_stage_finish_cleanly_and_starts_no_other(number, stages, checkout, monkeypatch):
+    pipeline = start_and_wait_for("pretokenize", stages, checkout, monkeypatch)
+    pipeline.send_signal(number)
+    assert "the same command goes on from here" in pipeline.communicate()[1]
+    assert pipeline.returncode == 128 + number
+    assert stages() == ["pretokenize config=conf/tiny.yaml", "pretokenize stopped cleanly"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_a_killed_pipeline_leaves_no_stage_at_work(stages, checkout, monkeypatch):
+    pipeline = start_and_wait_for("train", stages, checkout, monkeypatch)
+    pipeline.kill()
+    pipeline.communicate()
+    wait_until(lambda: stages()[-1] == "train stopped cleanly")
+
+
+# ------------------------------------------------------------------------------------------------------- the real stages
+
+
+def run(*arguments):
+    command = [sys.executable, "tools/run_pipeline.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_two_phases_train_from_nothing_and_again_reuse_everything(checkout):
+    first = run("config=conf/tiny_from_warmstart.yaml")
+    assert first.returncode == 0, first.stderr
+    for name in ("tiny_warmstart", "tiny_from_warmstart"):
+        assert (checkout / "outputs" / name / "best" / "lens.safetensors").is_file()
+    again = run("config=conf/tiny_from_warmstart.yaml")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("valid, reusing it") == 4
+
+
+def test_a_wrong_setting_is_one_line_before_anything_starts(checkout):
+    result = run("config=conf/tiny.yaml", "learning_rat=1")
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: unknown key 'learning_rat' in the command line; did you mean 'learning_rate'?"
+    assert not (checkout / "outputs").exists()

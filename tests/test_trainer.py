@@ -1,0 +1,249 @@
+"""The training loop on a tiny model: its curve, its checkpoints, and that an interruption changes nothing."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import make_subject_and_dump, tiny_config
+
+import megalens.trainer
+from megalens.config import Checkpoint, Validation
+from megalens.engine.local import LocalEngine
+from megalens.schedule import Clock
+from megalens.track import read_curve
+from megalens.train import train
+from megalens.trainer import TrainingError, clock_of
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may catch it."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    make_subject_and_dump(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    config = tiny_config(folder, "undisturbed")
+    assert train(config) == 0
+    return config
+
+
+def curve(config):
+    lines = read_curve(config.run_dir / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def weights(config, which="last"):
+    return load_file(config.run_dir / which / "lens.safetensors")
+
+
+def kill_at(monkeypatch, update):
+    step = LocalEngine.train_step
+
+    def killed(self, batches, at, lr_factor):
+        if at.update == update:
+            raise Killed
+        return step(self, batches, at, lr_factor)
+
+    monkeypatch.setattr(LocalEngine, "train_step", killed)
+
+
+def assert_same_run(one, other):
+    assert curve(one) == curve(other)
+    for which in ("last", "best"):
+        mine, theirs = weights(one, which), weights(other, which)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_curve_starts_at_zero_ends_at_the_end_and_names_its_figures(undisturbed):
+    lines = curve(undisturbed)
+    assert [line["step"] for line in lines if "val/fve_nrm" in line] == [0, 4, 8, 12, 16]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert {"train/mse", "train/tail_say", "train/grad_norm", "train/learning_rate", "train/tau", "train/skipped"} <= lines[1].keys()
+    assert {"val/loss", "val/mse", "val/fve", "val/fve_std", "val/cos", "val/kl_recovered"} <= lines[0].keys()
+    assert lines[1]["train/tau"] == 1.0
+    assert lines[-2]["train/tau"] == pytest.approx(1 - 0.5 * 14 / 16)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_training_lowers_the_loss(undisturbed):
+    losses = [line["train/loss"] for line in curve(undisturbed) if "train/loss" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_last_and_best_are_links_to_whole_checkpoints_and_nothing_else_is_kept(undisturbed):
+    run = undisturbed.run_dir
+    state = json.loads((run / "last" / "trainer.json").read_text())
+    values = {line["step"]: line["val/fve_nrm"] for line in curve(undisturbed) if "val/fve_nrm" in line}
+    best = max(values, key=values.get)
+    assert os.readlink(run / "last") == "checkpoints/step-00000016"
+    assert os.readlink(run / "best") == f"checkpoints/step-{best:08d}"
+    assert state["progress"]["best"] == [[values[best], f"step-{best:08d}"]]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000016", f"step-{best:08d}"}
+    assert {path.name for path in (run / "last").iterdir()} == {"lens.safetensors", "lens.json", "stats.safetensors", "trainer.json", "engine"}
+
+
+def test_finished_run_says_so_and_changes_nothing(undisturbed, capsys):
+    before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
+    assert train(undisturbed) == 0
+    assert "is finished: 16 micro-steps" in capsys.readouterr().err
+    assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("updates", [(0,), (5,), (3, 7)], ids=str)
+def test_killed_and_resumed_run_is_the_undisturbed_one_bitwise(folder, undisturbed, monkeypatch, updates):
+    config = tiny_config(folder, f"killed-{'-'.join(map(str, updates))}")
+    for update in updates:
+        with monkeypatch.context() as patch:
+            kill_at(patch, update)
+            with pytest.raises(Killed):
+                train(config)
+    assert train(config) == 0
+    assert_same_run(config, undisturbed)
+
+
+def test_bf16_resume_is_bitwise_too(folder, monkeypatch):
+    configs = [tiny_config(folder, name, dtype="bf16", train_mode="full", max_train_steps="8s") for name in ("bf16", "bf16-killed")]
+    assert train(configs[0]) == 0
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(configs[1])
+    assert train(configs[1]) == 0
+    assert_same_run(*configs)
+    assert all(value.dtype == torch.float32 for value in weights(configs[0]).values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_behind_the_step_and_the_run_goes_on_as_if_undisturbed(folder, undisturbed, monkeypatch, number):
+    config = tiny_config(folder, f"stopped-{number}")
+    step = LocalEngine.train_step
+
+    def signalled(self, batches, at, lr_factor):
+        if at.update == 2:
+            os.kill(os.getpid(), number)
+        return step(self, batches, at, lr_factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "train_step", signalled)
+        assert train(config) == 128 + number
+    assert json.loads((config.run_dir / "last" / "trainer.json").read_text())["progress"]["step"] == 6
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert train(config) == 0
+    assert_same_run(config, undisturbed)
+
+
+def test_stopped_where_a_validation_was_due_it_is_made_up_for(folder, undisturbed, monkeypatch):
+    config = tiny_config(folder, "stopped-at-validation")
+    step = LocalEngine.train_step
+
+    def signalled(self, batches, at, lr_factor):
+        if at.update == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches, at, lr_factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "train_step", signalled)
+        assert train(config) == 128 + signal.SIGTERM
+    assert [line["step"] for line in curve(config) if "val/loss" in line] == [0, 4]
+    assert train(config) == 0
+    assert_same_run(config, undisturbed)
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_warned_of(folder, monkeypatch, capsys):
+    config = tiny_config(folder, "spoilt")
+    forward = megalens.lens.lens.ConsistencyLens.forward
+
+    def spoilt(self, batch, at):
+        terms = forward(self, batch, at)
+        return terms | {"loss": terms["loss"] * float("nan")} if at.update in (2, 3) and self.training else terms
+
+    monkeypatch.setattr(megalens.lens.lens.ConsistencyLens, "forward", spoilt)
+    assert train(config) == 0
+    assert curve(config)[-1]["step"] == 16
+    assert [line["train/skipped"] for line in curve(config) if "train/loss" in line][-1] == 2
+    assert "warning: optimizer step 3 skipped: loss nan" in capsys.readouterr().err
+    assert all(torch.isfinite(value).all() for value in weights(config).values())
+
+
+def test_nothing_but_skipped_steps_ends_the_training(folder, monkeypatch):
+    config = tiny_config(folder, "hopeless", learning_rate=0.01)
+    monkeypatch.setattr(megalens.trainer, "SKIPS_IN_A_ROW", 3)
+    forward = megalens.lens.lens.ConsistencyLens.forward
+    monkeypatch.setattr(
+        megalens.lens.lens.ConsistencyLens, "forward", lambda *a: (t := forward(*a)) | {"loss": t["loss"] * (math.inf if a[0].training else 1)}
+    )
+    with pytest.raises(TrainingError, match="3 optimizer steps in a row"):
+        train(config)
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(folder, monkeypatch):
+    config = tiny_config(folder, "ruined")
+    step = LocalEngine.train_step
+
+    def ruining(self, batches, at, lr_factor):
+        metrics = step(self, batches, at, lr_factor)
+        if at.update == 3:
+            self.masters["reconstructor.head.linear.bias"].data[0] = math.nan
+        return metrics
+
+    monkeypatch.setattr(LocalEngine, "train_step", ruining)
+    with pytest.raises(TrainingError, match=r"not finite at micro-step 8 \(reconstructor.head.linear.bias\).*last checkpoint stays"):
+        train(config)
+    assert os.readlink(config.run_dir / "last") == "checkpoints/step-00000004"
+
+
+def test_best_n_checkpoints_are_kept_in_order(folder):
+    config = tiny_config(folder, "best-three", checkpoint=Checkpoint(save_interval="4s", track_best_n=3, best_metric="val/loss", best_mode="min"))
+    assert train(config) == 0
+    values = {line["step"]: line["val/loss"] for line in curve(config) if "val/loss" in line}
+    wanted = sorted(values, key=values.get)[:3]
+    state = json.loads((config.run_dir / "last" / "trainer.json").read_text())
+    assert [name for _, name in state["progress"]["best"]] == [f"step-{step:08d}" for step in wanted]
+    assert {path.name for path in (config.run_dir / "checkpoints").iterdir()} == {f"step-{step:08d}" for step in {*wanted, 16}}
+
+
+def test_unknown_best_metric_names_those_there_are(folder):
+    config = tiny_config(folder, "metric", checkpoint=Checkpoint(best_metric="val/fve_nmr"))
+    with pytest.raises(TrainingError, match="val/fve_nmr is not measured; there are: .*val/fve_nrm"):
+        train(config)
+
+
+def test_longer_training_goes_on_from_the_finished_one(folder):
+    config = tiny_config(folder, "longer", max_train_steps="4s")
+    assert train(config) == 0
+    config.max_train_steps = "6s"
+    assert train(config) == 0
+    assert [line["step"] for line in curve(config) if "val/loss" in line] == [0, 4, 6]
+
+
+def test_validation_of_more_rows_than_there_are_takes_all(folder):
+    config = tiny_config(folder, "all-rows", max_train_steps="2s", validation=Validation(num_samples=1000))
+    assert train(config) == 0
+    assert curve(config)[-1]["step"] == 2
+
+
+def test_clock_counts_whole_optimizer_steps():
+    config = tiny_config_of(max_train_steps="2e", gradient_accumulation_steps=4)
+    assert clock_of(config, 5) == Clock(steps_per_epoch=5, steps_per_update=4, total_steps=8)
+    config.max_train_steps, config.num_train_epochs = None, 1.5
+    assert clock_of(config, 8).total_steps == 12
+    config.max_train_steps = "3s"
+    with pytest.raises(TrainingError, match="max_train_steps=3s is less than one optimizer step"):
+        clock_of(config, 8)
+
+
+def tiny_config_of(**keys):
+    from megalens.config import Config
+
+    return Config(**keys)

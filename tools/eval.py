@@ -1,0 +1,72 @@
+"""Measure a trained lens on held-out documents, beside every floor and ceiling, and write evaluation.json and report.html into its run.
+
+usage: python tools/eval.py checkpoint=outputs/<run>/best [key=value ...]
+
+  checkpoint=FOLDER               the lens: outputs/<run>/best, last, or one of outputs/<run>/checkpoints/
+  evaluation.num_samples=N        held-out rows (-1: all)
+  evaluation.bootstrap=N          resamples of documents for the 95 % intervals (0: no intervals)
+  device=cpu|cuda dtype=bf16|fp32 where and how to compute
+
+Other keys are those the lens was trained with (conf/config.yaml lists them all). Needs the run's validation dump (tools/dump_acts.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megalens import cli
+
+
+def main(arguments: list[str]) -> None:
+    from megalens.config import ConfigError, config_from_dict
+    from megalens.data.loader import ActivationLoader
+    from megalens.engine.checkpoint import load_lens, read_about, read_statistics
+    from megalens.evaluate import report
+    from megalens.evaluate.evaluation import evaluate
+    from megalens.evaluate.metrics import Reference
+    from megalens.evaluate.plots import read_curve
+    from megalens.evaluate.table import examples, table
+    from megalens.lens.subject import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
+
+    named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
+    if len(named) != 1:
+        raise ConfigError("name one checkpoint: python tools/eval.py checkpoint=outputs/<run>/best")
+    folder = Path(named[0].split("=", 1)[1])
+    about = read_about(folder)
+    config = config_from_dict(about["config"], [a for a in arguments if a not in named])
+    loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
+    loader.reader.check_matches(
+        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config)),
+        subject_fingerprint=subject_fingerprint(config),
+        layer=config.layer_l,
+        d=about["width"],
+    )
+    lens = load_lens(folder, **dataclasses.asdict(config))
+    result = evaluate(lens, loader, config, Reference.of(read_statistics(folder)))
+    result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
+    run = run_folder(folder)
+    report.save(run, result, read_curve(run / "metrics.jsonl"))
+    print(f"\n{table(result)}\n\n{examples(result)}\n\nwritten: {run / 'evaluation.json'} and {run / 'report.html'}")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run a checkpoint belongs to; a checkpoint that lies elsewhere is its own."""
+    if checkpoint.is_symlink():
+        return checkpoint.parent
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def training_length(checkpoint: Path, batch_size: int) -> str | None:
+    """How long the lens was trained, in words, where the checkpoint tells."""
+    from megalens.engine.checkpoint import read_json
+
+    path = checkpoint / "trainer.json"
+    if not path.is_file():
+        return None
+    steps = read_json(path)["progress"]["step"]
+    return f"{steps:,} micro-steps of {batch_size} rows"
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
