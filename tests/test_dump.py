@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import random
 import shutil
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from dumps import quick_processes
 from transformers import AutoModelForCausalLM
 
 from megalens.config import Config, ConfigError, config_from_dict
@@ -329,40 +329,25 @@ def test_a_disk_that_fills_up_leaves_a_dump_that_goes_on(make_config, monkeypatc
 # ---------------------------------------------------------------------------------------------------- ranks and deaths
 
 
-@pytest.fixture(scope="module")
-def forkserver():
-    """Real processes that start within a moment (the imports are done once), on one thread each, as this one while it lasts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["megalens.data.dump", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield context
-    torch.set_num_threads(threads)
-
-
-def start(context, config: Config, ranks: int) -> list:
-    processes = [context.Process(target=dump, args=(config,)) for _ in range(ranks)]
+def start(config: Config, ranks: int) -> list:
+    processes = [quick_processes().Process(target=dump, args=(config,)) for _ in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, forkserver, ranks):
+def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, ranks):
     alone, shared = (config_from_dict(keys(place, tmp_path / name, rows_per_shard=10)) for name in ["alone", "shared"])
     dump(alone)
-    processes = start(forkserver, shared, ranks)
+    processes = start(shared, ranks)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
     assert contents(shared) == contents(alone)
 
 
-def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path, forkserver):
+def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path):
     alone, killed = (
         config_from_dict(keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4)) for name in ["alone", "killed"]
     )
@@ -371,7 +356,7 @@ def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_p
     draw, halfway = random.Random(0), 0
     for _ in range(6):
         before = len(list(folder.glob("*.arrow")))
-        processes = start(forkserver, killed, draw.choice([1, 2, 3]))
+        processes = start(killed, draw.choice([1, 2, 3]))
         while len(list(folder.glob("*.arrow"))) == before and any(process.is_alive() for process in processes):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.3))
@@ -381,7 +366,7 @@ def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_p
             process.join()
         halfway += before < len(list(folder.glob("*.arrow"))) and not (folder / "meta.json").exists()
     assert halfway >= 2, "too few kills came in the middle"
-    (last,) = start(forkserver, killed, 1)
+    (last,) = start(killed, 1)
     last.join()
     assert last.exitcode == 0
     assert contents(killed) == contents(alone)

@@ -17,7 +17,8 @@ from dumps import D, header, make_dump, make_rows
 
 from megalens.config import ConfigError
 from megalens.data import DataError
-from megalens.data.shards import Moments, ShardReader, ShardWriter, discard, read_meta, verify
+from megalens.data.moments import Moments
+from megalens.data.shards import ShardReader, ShardWriter, discard, read_meta, verify
 
 
 def read_all(folder) -> dict[str, torch.Tensor]:
