@@ -11,10 +11,20 @@ from pathlib import Path
 from torch import Tensor
 
 from megalens.config import Config, load_config
-from megalens.engine.checkpoint import CheckpointError, RunFolder, Statistics, check_subject, read_about, read_json, read_statistics, read_weights
+from megalens.device import resolve_dtype
+from megalens.engine.checkpoint import (
+    CheckpointError,
+    RunFolder,
+    Statistics,
+    check_subject,
+    read_about,
+    read_json,
+    read_statistics,
+    read_weights,
+)
 from megalens.trainer import TRAINER_VERSION, Progress
 
-_SAME = ("layer_l", "t_text", "dtype", "batch_size", "gradient_accumulation_steps", "seed")
+_SAME = ("layer_l", "t_text", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
 
 
@@ -37,7 +47,7 @@ def identity(config: Config, fingerprint: str, meta: dict) -> dict:
         meta: of the training dump.
     """
     same = {"model_name": fingerprint, "dump": hashlib.sha256(json.dumps(meta["shards"]).encode()).hexdigest()[:16]}
-    same |= {key: getattr(config, key) for key in _SAME}
+    same |= {"dtype": resolve_dtype(config)} | {key: getattr(config, key) for key in _SAME}
     for part in _SAME_PARTS:
         same |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return same
@@ -68,7 +78,9 @@ def _resumed(run: RunFolder, same: dict) -> Start:
     changed = [key for key in same if saved["identity"].get(key) != same[key]]
     if changed:
         was = ", ".join(f"{key}={saved['identity'].get(key)} (now {same[key]})" for key in changed)
-        raise CheckpointError(f"{run.folder} was begun with {was}; set them back, choose another run_name, or start anew with checkpoint.resume=false")
+        raise CheckpointError(
+            f"{run.folder} was begun with {was}; set them back, choose another run_name, or start anew with checkpoint.resume=false"
+        )
     where = f"{run.last.name} of {run.folder}"
     return Start(Progress(**saved["progress"]), read_statistics(run.last), read_weights(run.last), run.last / "engine", where)
 
@@ -78,7 +90,9 @@ def _initialised(config: Config, fingerprint: str) -> Start:
     about, statistics = read_about(folder), read_statistics(folder)
     check_subject(folder, fingerprint)
     if about["subject"]["layer_l"] != config.layer_l:
-        raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={about['subject']['layer_l']}, not of layer_l={config.layer_l}")
+        raise CheckpointError(
+            f"init_from={config.init_from} is a lens of layer_l={about['subject']['layer_l']}, not of layer_l={config.layer_l}"
+        )
     return Start(Progress(), statistics, read_weights(folder), where=str(folder))
 
 
@@ -95,5 +109,7 @@ def source_folder(config: Config) -> Path:
         return source
     folder = load_config([f"config={source}"]).run_dir / "best"
     if not (folder / "lens.json").is_file():
-        raise CheckpointError(f"init_from={source}: its run has no checkpoint in {folder}; train it first: python megalens/train.py config={source}")
+        raise CheckpointError(
+            f"init_from={source}: its run has no checkpoint in {folder}; train it first: python megalens/train.py config={source}"
+        )
     return folder

@@ -72,7 +72,10 @@ def train(config) -> int:
     start = find_start(config, folder, loader.reader, same)
     if is_finished(start.progress, clock):
         if rank == 0:
-            print(f"{config.run_dir} is finished: {start.progress.step} micro-steps; train longer (max_train_steps) or choose another run_name", file=sys.stderr)
+            print(
+                f"{config.run_dir} is finished: {start.progress.step} micro-steps; train longer (max_train_steps) or choose another run_name",
+                file=sys.stderr,
+            )
         return 0
 
     lens = build_lens(config, start.statistics.mean, start.statistics.var)
@@ -86,7 +89,9 @@ def train(config) -> int:
         run.curve = Curve(config.run_dir / "metrics.jsonl", start.progress.curve_lines)
         run.tracker = Tracker(config, start.progress.wandb_run)
         run.console = Console(config.run_name or "run", clock.total_steps, start.progress.step)
-        run.console.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps")
+        run.console.say(
+            f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps"
+        )
         start.progress.wandb_run = run.tracker.run_id
     validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
     trainer = Trainer(config, engine, lens, loader, validator, start.statistics, start.progress, same, run)

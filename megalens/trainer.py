@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -98,7 +97,16 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, lens, loader, validator: Validator, statistics: Statistics, progress: Progress, identity: dict, run: Run
+        self,
+        config: Config,
+        engine: Engine,
+        lens,
+        loader,
+        validator: Validator,
+        statistics: Statistics,
+        progress: Progress,
+        identity: dict,
+        run: Run,
     ):
         self.config, self.engine, self.lens, self.loader = config, engine, lens, loader
         self.validator, self.statistics, self.progress, self.identity, self.run = validator, statistics, progress, identity, run
@@ -160,7 +168,9 @@ class Trainer:
         p = self.progress
         p.skipped += 1
         p.skipped_in_a_row += 1
-        self._say(f"warning: optimizer step {p.step // self.clock.steps_per_update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
+        self._say(
+            f"warning: optimizer step {p.step // self.clock.steps_per_update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        )
         if p.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise TrainingError(
                 f"{SKIPS_IN_A_ROW} optimizer steps in a row had a loss or gradient that was not finite; "

@@ -79,7 +79,9 @@ class Validator:
     def _samples(self, batch: dict[str, Tensor], ids_BT: Tensor, fve_B: np.ndarray) -> list[dict[str, Any]]:
         decode = self.lens.tokenizer.decode
         result = []
-        for ids_C, position, ids_T, fve in zip(batch["input_ids"].tolist(), batch["position"].tolist(), ids_BT.tolist(), fve_B, strict=True):
+        for ids_C, position, ids_T, fve in zip(
+            batch["input_ids"].tolist(), batch["position"].tolist(), ids_BT.tolist(), fve_B, strict=True
+        ):
             tail = ids_C[max(0, position + 1 - TAIL_TOKENS) : position + 1]
             result.append({"context": decode(tail), "explanation": decode(ids_T), "fve": float(fve)})
         return result

@@ -79,7 +79,9 @@ class LocalEngine(Engine):
     def save_state(self, folder: Path) -> None:
         if self.is_main:
             state = self.optimizer.state
-            moments = {n: {key: state[p][key].cpu() if state[p] else torch.zeros(p.shape) for key in MOMENTS} for n, p in self.masters.items()}
+            moments = {
+                n: {key: state[p][key].cpu() if state[p] else torch.zeros(p.shape) for key in MOMENTS} for n, p in self.masters.items()
+            }
             steps = next((s["step"].item() for s in state.values() if s), 0.0)
             save_adam_state(folder, steps, moments.items())
 

@@ -147,8 +147,12 @@ class ZeroEngine(Engine):
 
     def _set(self, name: str, value: Tensor, key: str | None) -> None:
         """Put a whole parameter or moment into this rank's share of it."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
         if self._is_stage_3:  # the setter of whole values can not pad a parameter that the ranks do not divide
