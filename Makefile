@@ -31,4 +31,4 @@ lint: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
-	find megalens tools tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard megalens tools tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +

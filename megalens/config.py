@@ -10,7 +10,7 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -267,7 +267,8 @@ class Config:
     def dataset_label(self) -> str:
         """The dataset's name as a folder name."""
         path = Path(self.dataset.name)
-        name = path.stem if path.exists() else self.dataset.name
+        is_local = path.exists() or path.suffix in (".txt", ".json", ".jsonl", ".parquet")
+        name = path.stem if is_local else self.dataset.name
         return "_".join(filter(None, [name.strip("/").replace("/", "__"), self.dataset.config_name]))
 
     def activation_dir(self, split: str) -> Path:
@@ -309,9 +310,12 @@ def load_config(arguments: list[str]) -> Config:
     return _finish(merged)
 
 
-def config_from_dict(values: dict) -> Config:
-    """A checked configuration from a plain dictionary (as saved in a checkpoint)."""
-    return _finish(_merge(OmegaConf.structured(Config), values, "the saved configuration"))
+def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
+    """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it."""
+    merged = _merge(OmegaConf.structured(Config), values, "the saved configuration")
+    for argument in _normalise(list(arguments)):
+        merged = _merge_argument(merged, argument)
+    return _finish(merged)
 
 
 def config_to_yaml(config: Config) -> str:

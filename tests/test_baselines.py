@@ -239,6 +239,7 @@ def test_pieces_join_to_the_text_and_keep_characters_whole(lens):
     assert len(parts) == len(ids)
     assert "".join(parts) == text
     assert not any("\ufffd" in part for part in parts)
+    assert "".join(pieces(lens.tokenizer, ids[:-1] + to_ids(lens.tokenizer, ["é"])[0][:1])).endswith("\ufffd")  # cut inside a character
 
 
 @pytest.mark.parametrize(("text", "says"), [("", False), (" \n", False), ("\ufffd \ufffd", False), ("a", True), ("\ufffda", True)])

@@ -6,6 +6,7 @@ import torch
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.lens.lens import Step, build_lens
 from megalens.lens.objective import relative_mse, resample_error
+from megalens.lens.reference import ReferenceStep
 from megalens.lens.warmstart import tail_ids
 from megalens.ops import noise_keys
 from megalens.tiny import make_model
@@ -259,3 +260,26 @@ def test_resample_swaps_neighbours_and_refuses_odd_batches():
 def test_relative_mse_is_zero_for_the_truth_and_one_for_nothing():
     a = torch.randn(5, 8)
     assert relative_mse(a, a) == 0 and relative_mse(a, torch.zeros_like(a)) == 1
+
+
+@pytest.mark.parametrize("inject", ["block", "embedding"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_step_equals_the_plain_reference_step(folders, kind, mode, inject):
+    """Same noise: the same terms, and the same gradient of every trained parameter."""
+    keys = {"kl_base_weight": 1.0, "lm_base_weight": 1.0, "entropy_weight": 0.1, "suffix": " so"}
+    lens = perturb(make_lens(folders[kind], mode=mode, inject=inject, **keys), 0.02).double()
+    batch = make_batch()
+    batch["activation"] = batch["activation"].double()
+    gradients = []
+    for module in (lens, ReferenceStep(lens)):
+        lens.zero_grad()
+        terms = module(batch, AT)
+        terms["loss"].backward()
+        gradients.append((terms, {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}))
+    (fast, fast_gradients), (plain, plain_gradients) = gradients
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-9, rtol=1e-7)
+    assert fast_gradients.keys() == plain_gradients.keys() and fast_gradients
+    for name, gradient in plain_gradients.items():
+        assert (fast_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name

@@ -19,30 +19,53 @@ from megalens import cli
 
 
 def main(arguments: list[str]) -> None:
-    from megalens.config import Config, ConfigError, config_from_dict
+    from megalens.config import ConfigError, config_from_dict
     from megalens.data.loader import ActivationLoader
     from megalens.engine.checkpoint import load_lens, read_about, read_statistics
     from megalens.evaluate import report
-    from megalens.evaluate.evaluation import Result, evaluate
+    from megalens.evaluate.evaluation import evaluate
     from megalens.evaluate.metrics import Reference
     from megalens.evaluate.plots import read_curve
     from megalens.evaluate.table import examples, table
-    from megalens.lens.subject import tokenizer_fingerprint
+    from megalens.lens.subject import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
 
-    checkpoints = [a.split("=", 1)[1] for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
-    if len(checkpoints) != 1 or not checkpoints[0]:
+    named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
+    if len(named) != 1:
         raise ConfigError("name one checkpoint: python tools/eval.py checkpoint=outputs/<run>/best")
-    folder = Path(checkpoints[0])
-    overrides = [a for a in arguments if not a.removeprefix("--").startswith("checkpoint=")]
-    config: Config = config_from_dict(read_about(folder)["config"], overrides)
+    folder = Path(named[0].split("=", 1)[1])
+    about = read_about(folder)
+    config = config_from_dict(about["config"], [a for a in arguments if a not in named])
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
+    loader.reader.check_matches(
+        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config)),
+        subject_fingerprint=subject_fingerprint(config),
+        layer=config.layer_l,
+        d=about["width"],
+    )
     lens = load_lens(folder, **dataclasses.asdict(config))
-    loader.reader.check_matches(lens.subject.fingerprint, tokenizer_fingerprint(lens.tokenizer), config.layer_l, lens.subject.d)
-    result: Result = evaluate(lens, loader, config, Reference.of(read_statistics(folder)))
-    run = folder.resolve().parent.parent if folder.resolve().parent.name == "checkpoints" else folder.resolve()
-    result.setting |= report.provenance(folder, config)
+    result = evaluate(lens, loader, config, Reference.of(read_statistics(folder)))
+    result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
+    run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))
     print(f"\n{table(result)}\n\n{examples(result)}\n\nwritten: {run / 'evaluation.json'} and {run / 'report.html'}")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run a checkpoint belongs to; a checkpoint that lies elsewhere is its own."""
+    if checkpoint.is_symlink():
+        return checkpoint.parent
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def training_length(checkpoint: Path, batch_size: int) -> str | None:
+    """How long the lens was trained, in words, where the checkpoint tells."""
+    from megalens.engine.checkpoint import read_json
+
+    path = checkpoint / "trainer.json"
+    if not path.is_file():
+        return None
+    steps = read_json(path)["progress"]["step"]
+    return f"{steps:,} micro-steps of {batch_size} rows"
 
 
 if __name__ == "__main__":

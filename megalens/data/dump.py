@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import datasets
 import numpy as np
@@ -210,9 +211,12 @@ def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan
                 lock = writer.claim(index, wait)
                 if lock is None:
                     continue
-                rows = _read_out(config, subject, tokens, plan.shard(index), bar.update)
-                if pending is not None:
-                    pending.result()
+                with ExitStack() as on_error:
+                    on_error.callback(lock.release)
+                    rows = _read_out(config, subject, tokens, plan.shard(index), bar.update)
+                    if pending is not None:
+                        pending.result()
+                    on_error.pop_all()
                 pending = background.submit(_store, writer, index, rows, lock)
                 bar.n = max(bar.n, writer.rows_written())
             if pending is not None:

@@ -16,9 +16,9 @@ _DOCUMENT, _POSITION, _ROW = 1, 2, 3
 
 def hash64(seed: int, *keys: int | np.ndarray) -> np.ndarray:
     """Uniform 64-bit hashes of ``(seed, *keys)``, keys broadcast; splitmix64's finaliser folded over them."""
-    state = np.uint64(seed & _MASK)
+    state = np.array([seed & _MASK], dtype=np.uint64)
     for key in keys:
-        state = _mix(state ^ _mix(np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
+        state = _mix(state ^ _mix(np.atleast_1d(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
     return state
 
 

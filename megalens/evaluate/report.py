@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,15 +28,15 @@ _DEFINITIONS = {
 }
 
 
-def write(path: str | Path, result: Result, title: str = "evaluation", curve: list[dict] | None = None) -> None:
-    """Write the report of an evaluation.
+def save(run: str | Path, result: Result, curve: list[dict]) -> None:
+    """Write ``evaluation.json`` and ``report.html`` into a run's folder, each replaced in one go.
 
     Args:
-        path: the page's file; replaced in one go.
-        title: the run's name.
+        run: the folder; its name is the report's title.
         curve: lines of the run's ``metrics.jsonl`` (:func:`megalens.evaluate.plots.read_curve`).
     """
-    _save(path, render(result, title, curve or []))
+    _save(Path(run) / "evaluation.json", json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    _save(Path(run) / "report.html", render(result, Path(run).resolve().name, curve))
 
 
 def render(result: Result, title: str, curve: list[dict]) -> str:
@@ -82,12 +83,12 @@ def write_explanation(path: str | Path, tokens: list[TokenExplanation], title: s
         trained: positions the lens was trained on.
     """
     body = [f"<h1>{escape(title)}</h1>", legend(trained), coloured([asdict(token) for token in tokens], trained)]
-    _save(path, page(f"{title} · megalens", "\n".join(body)))
+    _save(Path(path), page(f"{title} · megalens", "\n".join(body)))
 
 
-def _save(path: str | Path, text: str) -> None:
-    with new_file(Path(path)) as file:
-        file.write(text.encode())
+def _save(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def _setting(s: dict) -> str:

@@ -50,7 +50,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     for end in range(1, len(ids) + 1):
         before = _decode(tokenizer, ids[start:said])
         text = _decode(tokenizer, ids[start:end])
-        whole = not text.endswith("\ufffd") and len(text) > len(before)
+        whole = len(text) > len(before) and (end == len(ids) or not text.endswith("\ufffd"))
         result.append(text[len(before) :] if whole else "")
         if whole:
             start, said = said, end

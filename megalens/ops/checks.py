@@ -48,3 +48,8 @@ def check_impl(op: str, impl: str, known: tuple[str, ...]) -> None:
     """The implementation is one that exists."""
     if impl not in ("auto", *known):
         raise OpError(f"{op}: impl '{impl}' is none of auto, {', '.join(known)}")
+
+
+def cast_under_autocast(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Under autocast, hidden states arrive in its dtype: cast them to the weight's, which is what a vocabulary op computes in."""
+    return hidden.to(weight.dtype) if torch.is_autocast_enabled(hidden.device.type) else hidden

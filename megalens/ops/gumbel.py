@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megalens.ops.checks import OpError, check_device, check_head, check_impl, check_softcap
-from megalens.ops.noise import gumbel, split_keys
+from megalens.ops import gumbel_tile
+from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap
+from megalens.ops.noise import gumbel
+from megalens.ops.tile import tiles_pay, wide
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "tile")
 
 
 class GumbelEmbed(NamedTuple):
@@ -42,6 +44,9 @@ def gumbel_embed(
     ``in_weight[ids]``; its gradient reaches the logits as that of ``softmax((logits + noise * gumbel) / tau) @ in_weight``, and
     ``in_weight`` as that of its value, exactly as ``F.gumbel_softmax(..., hard=True) @ in_weight`` does.
 
+    ``tile`` and its kind are one registered operator, ``megalens::gumbel_embed``, opaque to ``torch.compile``; they have a first
+    derivative only, and no ``vmap``. Under autocast the hidden states are cast to the weights' dtype and the op computes in it.
+
     Args:
         hidden_BD: last hidden states.
         out_weight_VD: output embedding (the decode head).
@@ -51,7 +56,7 @@ def gumbel_embed(
         noise: factor of the Gumbel noise.
         bias_V: bias of the head.
         softcap: the cap of the logits (Gemma), or None.
-        impl: ``auto`` or one of ``IMPLEMENTATIONS``.
+        impl: ``reference`` (plain PyTorch), ``tile`` (CPU, keeps no ``[B, V]`` tensor) or ``auto``, the fastest there is.
 
     Returns:
         :class:`GumbelEmbed`; the scalars are float32 (float64 for float64 inputs) and differentiable.
@@ -59,6 +64,7 @@ def gumbel_embed(
     Raises:
         OpError: an argument is wrong.
     """
+    hidden_BD = cast_under_autocast(hidden_BD, out_weight_VD)
     check_head("gumbel_embed", "", hidden_BD, out_weight_VD, bias_V)
     check_softcap("gumbel_embed", softcap)
     check_impl("gumbel_embed", impl, IMPLEMENTATIONS)
@@ -74,7 +80,15 @@ def gumbel_embed(
     if keys_B.dtype != torch.int64 or keys_B.shape != hidden_BD.shape[:1]:
         raise OpError(f"gumbel_embed: keys must be int64 [{hidden_BD.shape[0]}], one per row, not {keys_B.dtype} {list(keys_B.shape)}")
     check_device("gumbel_embed", hidden=hidden_BD, in_weight=in_weight_VD, keys=keys_B)
-    return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
+    if impl == "auto":
+        impl = "tile" if tiles_pay(out_weight_VD) else "reference"
+    with torch.autocast(hidden_BD.device.type, enabled=False):
+        if impl == "reference":
+            return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
+        # by tensor arithmetic: any other way a float enters is a constant to torch.compile, and a schedule would compile every step anew
+        one = torch.ones(1, dtype=torch.float64)
+        tau_and_noise = torch.cat([one * tau, one * noise])
+        return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
 
 
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
@@ -93,9 +107,7 @@ def _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_
     log_p_BV = logits_BV.log_softmax(-1)
     noisy_BV = logits_BV
     if noise != 0:
-        low_B, high_B = split_keys(keys_B)
-        ids_V = torch.arange(logits_BV.shape[1], dtype=torch.int32, device=logits_BV.device)
-        noisy_BV = logits_BV + noise * gumbel(low_B, high_B, ids_V, logits_BV.dtype)
+        noisy_BV = logits_BV + noise * gumbel(keys_B, logits_BV.shape[1])
     ids_B = noisy_BV.argmax(-1)
     soft_BD = (noisy_BV / tau).softmax(-1).to(in_weight_VD.dtype) @ in_weight_VD.detach()
     return GumbelEmbed(
@@ -105,3 +117,93 @@ def _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_
         lse=logits_BV.logsumexp(-1),
         entropy=-(log_p_BV.exp() * log_p_BV).sum(-1),
     )
+
+
+@torch.library.custom_op("megalens::gumbel_embed", mutates_args=())
+def _operator(
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    in_weight_VD: Tensor,
+    keys_B: Tensor,
+    bias_V: Tensor | None,
+    tau_and_noise: Tensor,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`GumbelEmbed` and the log-sum-exp of the noisy logits over tau, which the backward needs."""
+    ids_B, *scalars, noisy_lse_B = gumbel_tile.forward(hidden_BD, out_weight_VD, keys_B, bias_V, *tau_and_noise.tolist(), softcap)
+    return ids_B, in_weight_VD[ids_B], *scalars, noisy_lse_B
+
+
+@_operator.register_fake
+def _(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl):
+    scalars = [hidden_BD.new_empty(hidden_BD.shape[0], dtype=wide(hidden_BD.dtype)) for _ in range(4)]
+    return torch.empty_like(keys_B), in_weight_VD.new_empty(hidden_BD.shape[0], in_weight_VD.shape[1]), *scalars
+
+
+@torch.library.custom_op("megalens::gumbel_embed_backward", mutates_args=())
+def _backward_operator(
+    grads: list[Tensor],
+    inputs: list[Tensor],
+    bias_V: Tensor | None,
+    saved: list[Tensor],
+    tau_and_noise: Tensor,
+    softcap: float | None,
+    weights: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, out_weight and bias, the latter two empty unless ``weights``."""
+    hidden_BD, out_weight_VD, in_weight_VD, keys_B = inputs
+    found = gumbel_tile.backward(
+        grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, *tau_and_noise.tolist(), softcap, weights
+    )
+    return tuple(hidden_BD.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@_backward_operator.register_fake
+def _(grads, inputs, bias_V, saved, tau_and_noise, softcap, weights, impl):
+    hidden_BD, out_weight_VD, _, _ = inputs
+    empty = hidden_BD.new_empty(0)
+    return (
+        torch.empty_like(hidden_BD),
+        torch.empty_like(out_weight_VD) if weights else empty,
+        empty if bias_V is None or not weights else torch.empty_like(bias_V),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, ctx.softcap, ctx.impl = inputs
+    ids_B, embeds_BD, _, lse_B, entropy_B, noisy_lse_B = output
+    ctx.save_for_backward(
+        hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, ids_B, embeds_BD, lse_B, entropy_B, noisy_lse_B
+    )
+    ctx.mark_non_differentiable(ids_B, noisy_lse_B)
+
+
+def _backward(ctx, _ids, grad_embeds_BD, grad_log_prob_B, grad_lse_B, grad_entropy_B, _noisy_lse):
+    hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, *saved = ctx.saved_tensors
+    needs_hidden, needs_out, needs_in, _, needs_bias = ctx.needs_input_grad[:5]
+    grads = [grad_embeds_BD, grad_log_prob_B, grad_lse_B, grad_entropy_B]
+    grad_hidden_BD = grad_out_VD = grad_in_VD = grad_bias_V = None
+    if needs_hidden or needs_out or needs_bias:
+        grad_hidden_BD, grad_out_VD, grad_bias_V = _backward_operator(
+            grads,
+            [hidden_BD, out_weight_VD, in_weight_VD, keys_B],
+            bias_V,
+            saved,
+            tau_and_noise,
+            ctx.softcap,
+            needs_out or needs_bias,
+            ctx.impl,
+        )
+    if needs_in:
+        grad_in_VD = torch.zeros_like(in_weight_VD).index_add(0, saved[0], grad_embeds_BD)
+    return grad_hidden_BD, grad_out_VD if needs_out else None, grad_in_VD, None, grad_bias_V if needs_bias else None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+@_operator.register_vmap
+def _(info, in_dims, *args):
+    raise OpError('gumbel_embed: no vmap over impl="tile"; fold the mapped dimension into the batch, or use impl="reference"')

@@ -16,9 +16,7 @@ from torch import Tensor
 from megalens.ops.checks import OpError
 
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-# triple32, as signed 32-bit numbers
-HASH_1, HASH_2, HASH_3 = -0x12A52B45, -0x53B3E4AF, 0x31848BAB
-UNIFORM_SCALE, UNIFORM_TOP = 2.0**-31, 1.0 - 2.0**-24
+HASH_1, HASH_2, HASH_3 = -0x12A52B45, -0x53B3E4AF, 0x31848BAB  # of triple32, as signed 32-bit numbers
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -52,22 +50,24 @@ def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int) -> Tenso
     return _mix(_mix(sample_id_B) ^ where)
 
 
-def split_keys(keys_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys' low and high 32 bits, each int32 ``[B]``."""
+def split_keys(keys_B: Tensor) -> Tensor:
+    """The keys' low and high 32 bits, int32 ``[2, B]``."""
     low_B = ((keys_B & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-    return low_B.to(torch.int32), (keys_B >> 32).to(torch.int32)
+    return torch.stack([low_B, keys_B >> 32]).to(torch.int32)
 
 
-def uniform(low_B: Tensor, high_B: Tensor, ids_V: Tensor) -> Tensor:
-    """Uniform float32 ``[B, V]`` in the open (0, 1), fine near 0: ``low_B``, ``high_B`` from :func:`split_keys`, ``ids_V`` int32."""
-    x = ids_V[None, :] + low_B[:, None]
-    x = (x ^ ((x >> 17) & 0x7FFF)) * HASH_1 + high_B[:, None]
+def uniform(halves_2B: Tensor, ids: Tensor) -> Tensor:
+    """Uniform float32 in the open (0, 1), fine-grained near 0; halves from :func:`split_keys`, int32 ``ids`` broadcast against ``[B]``."""
+    low_B, high_B = halves_2B
+    x = ids + low_B
+    x = (x ^ ((x >> 17) & 0x7FFF)) * HASH_1 + high_B
     x = (x ^ ((x >> 11) & 0x1FFFFF)) * HASH_2
     x = (x ^ ((x >> 15) & 0x1FFFF)) * HASH_3
     x = (x ^ ((x >> 14) & 0x3FFFF)) & 0x7FFFFFFF
-    return ((x.to(torch.float32) + 0.5) * UNIFORM_SCALE).clamp(max=UNIFORM_TOP)
+    return ((x.to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1.0 - 2.0**-24)
 
 
-def gumbel(low_B: Tensor, high_B: Tensor, ids_V: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard Gumbel noise ``[B, V]``: ``-log(-log u)`` with ``1 - u`` from :func:`uniform`, so that the upper tail is fine-grained."""
-    return -(-torch.log1p(-uniform(low_B, high_B, ids_V).to(dtype))).log()
+def gumbel(keys_B: Tensor, num_ids: int) -> Tensor:
+    """Standard Gumbel noise, float32 ``[B, V]``: ``-log(-log(1 - w))`` for w from :func:`uniform`, so the upper tail is fine-grained."""
+    ids_V1 = torch.arange(num_ids, dtype=torch.int32, device=keys_B.device)[:, None]
+    return -(-torch.log1p(-uniform(split_keys(keys_B), ids_V1))).log().T

@@ -1,0 +1,168 @@
+"""What a training step costs, in units, and its peak memory, beside the plain reference step (no cache, whole patched forwards).
+
+    python benchmarks/step.py [--size smol] [--batch 32] [--dtype fp32] [--terms full] [--repeats 5]
+
+One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run. A step is
+forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM, ``--terms mse`` MSE alone.
+Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured in a fresh process per side: peak
+resident set minus the resident set after loading. Prints one JSON line per configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIZES = {
+    "tiny": {"model_name": None, "layer_l": 2, "t_text": 4, "batch": 8, "context": 32},
+    "smol": {"model_name": "data/models/SmolLM2-135M-Instruct", "layer_l": 19, "t_text": 8, "batch": 32, "context": 64},
+}
+SIDES = ("ours", "plain")
+
+
+def main() -> None:
+    """Measure every configuration asked for."""
+    options = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.side:
+            print(json.dumps({"peak_mb": peak_megabytes(options, folder)}))
+            return
+        for dtype in [options.dtype] if options.dtype else ["fp32", "bf16"]:
+            options.dtype = dtype
+            figures = timings(options, folder) | {f"peak_mb_{side}": fresh_process(options, side) for side in SIDES}
+            print(json.dumps(describe(options) | figures | {"peak_ratio": round(figures["peak_mb_ours"] / figures["peak_mb_plain"], 3)}), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="smol")
+    parser.add_argument("--batch", type=int, help="rows; default: the size's")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: one line for each")
+    parser.add_argument("--terms", choices=["full", "mse"], default="full")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--side", choices=SIDES, help="only the peak memory of one side (used for the fresh processes)")
+    options = parser.parse_args()
+    options.batch = options.batch or SIZES[options.size]["batch"]
+    return options
+
+
+def make(options: argparse.Namespace, folder: str):
+    """The lens, a batch, and the training step of a side."""
+    import torch
+
+    from megalens.config import Config, ConfigError
+    from megalens.engine.local import LocalEngine
+    from megalens.lens.lens import Step, build_lens
+    from megalens.lens.reference import ReferenceStep
+    from megalens.tiny import make_model
+
+    size = SIZES[options.size]
+    name = size["model_name"] or str(make_model(folder))
+    weights = {"kl_base_weight": 1.0, "lm_base_weight": 1.0} if options.terms == "full" else {}
+    config = Config(model_name=name, layer_l=size["layer_l"], t_text=size["t_text"], dtype=options.dtype, train_mode="frozen", **weights)
+    config.verbalizer.mode = config.reconstructor.mode = "frozen"
+    generator = torch.Generator().manual_seed(0)
+    try:
+        lens = build_lens(config, torch.zeros(_width(name)), torch.ones(_width(name)))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    batch = {
+        "input_ids": torch.randint(3, 500, (options.batch, size["context"]), generator=generator),
+        "position": torch.full((options.batch,), size["context"] - 1),
+        "sample_id": torch.arange(options.batch),
+    }
+    batch["activation"] = lens.subject.read(batch["input_ids"], batch["position"]).activation_BD.float()
+    engine = LocalEngine(config, lens, lens.parameter_groups())
+    modules = {"ours": lens, "plain": ReferenceStep(lens)}
+
+    def step(side: str) -> None:
+        engine.module = modules[side]
+        engine.train_step([batch], Step(0, 1.0, 1.0), 1.0)
+
+    return lens, batch, step
+
+
+def _width(model_name: str) -> int:
+    path = Path(model_name) / "config.json"
+    return json.loads(path.read_text())["hidden_size"] if path.is_file() else 0
+
+
+def timings(options: argparse.Namespace, folder: str) -> dict:
+    """Medians of the unit and of both steps, taken in turns."""
+    import torch
+
+    lens, batch, step = make(options, folder)
+    lm, positions = lens.subject.lm, torch.arange(batch["input_ids"].shape[1])[None]
+
+    @torch.no_grad()
+    def unit() -> None:
+        lm.run(lm.enter(lm.embed(batch["input_ids"]), positions), 0, lens.subject.num_blocks, positions)
+
+    sides = {"unit": unit, "ours": lambda: step("ours"), "plain": lambda: step("plain")}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(options.repeats + 2):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - started)
+        print(f"{options.size} {options.dtype}: turn {turn + 1} of {options.repeats + 2}", file=sys.stderr)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True))
+    return {
+        "units": round(median["ours"] / median["unit"], 2),
+        "units_plain": round(median["plain"] / median["unit"], 2),
+        "ratio": round(ratio, 3),
+        "seconds_unit": round(median["unit"], 4),
+        "seconds_ours": round(median["ours"], 4),
+        "seconds_theirs": round(median["plain"], 4),
+    }
+
+
+def fresh_process(options: argparse.Namespace, side: str) -> float:
+    """The side's peak memory in a process of its own."""
+    command = [sys.executable, __file__, "--size", options.size, "--batch", str(options.batch), "--dtype", options.dtype, "--terms", options.terms]
+    done = subprocess.run([*command, "--side", side], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def peak_megabytes(options: argparse.Namespace, folder: str) -> float:
+    """Peak resident set of two steps minus the resident set after loading, in MB (Linux)."""
+    step = make(options, folder)[2]
+    status = Path("/proc/self/status").read_text().split()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = int(status[status.index("VmRSS:") + 1])
+    for _ in range(2):
+        step(options.side)
+    status = Path("/proc/self/status").read_text().split()
+    return round((int(status[status.index("VmHWM:") + 1]) - before) / 1024, 1)
+
+
+def describe(options: argparse.Namespace) -> dict:
+    """What was measured, and with what."""
+    import torch
+    import transformers
+
+    size = SIZES[options.size]
+    return {
+        "claim": f"training step, {options.terms} terms, frozen base",
+        "size": options.size,
+        "batch": options.batch,
+        "context": size["context"],
+        "t_text": size["t_text"],
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

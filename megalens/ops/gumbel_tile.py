@@ -1,0 +1,93 @@
+"""The CPU tile version of :func:`megalens.ops.gumbel_embed`: no tensor of the vocabulary's width, forward or backward.
+
+Forward: per tile the logits, folded into running statistics (online soft-max, Milakov and Gimelshein, 2018).
+Backward: the tile's logits and noise again. With p = softmax((z + noise * g) / tau) and q = grad @ in_weight.T,
+``dz = p * (q - sum(p * q)) / tau``; the sum is known only after the last tile, so ``p * q`` and ``p`` are both multiplied with
+the tile and put together at the end. A gradient of the weights needs the sum first, hence one more pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from megalens.ops.native import call
+from megalens.ops.noise import split_keys
+from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
+
+
+def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
+    """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
+    rows, hidden_DB = hidden_BD.shape[0], columns(hidden_BD)
+    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype)
+    state = torch.zeros(6, rows, dtype=torch.float64)  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
+    state[[0, 3]] = -torch.inf
+    ids_B = torch.zeros(rows, dtype=torch.int64)
+    scratch_TB = hidden_DB.new_empty(tile_size(out_weight_VD), rows)
+    for tile, out_TD in tiles(out_weight_VD):
+        raw_TB = torch.mm(out_TD, hidden_DB, out=scratch_TB[: len(out_TD)])
+        bias_T = None if bias_V is None else bias_V[tile]
+        of_tile = (raw_TB, raw_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, len(raw_TB), rows)
+        call("gumbel_statistics", raw_TB.dtype, *of_tile, noise, 1 / tau, torch.get_num_threads(), state, ids_B)
+    top, mass, moment, noisy_top, noisy_mass, z_token = state
+    lse_B = top + mass.log()
+    scalars = z_token - lse_B, lse_B, lse_B - moment / mass, noisy_top / tau + noisy_mass.log()
+    return ids_B, *(scalar.to(wide(hidden_BD.dtype)) for scalar in scalars)
+
+
+def backward(
+    grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, tau: float, noise: float, softcap: float | None, weights: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of ``hidden`` and, where ``weights``, of ``out_weight`` and the bias.
+
+    ``grads``: of embeds, log_prob, lse, entropy. ``saved``: ids, embeds, lse, entropy, noisy lse.
+    """
+    (grad_BD, *grad_rows), (ids_B, embeds_BD, lse_B, entropy_B, noisy_lse_B) = grads, saved
+    dtype = lse_B.dtype
+    q_token_B = (grad_BD.to(dtype) * embeds_BD.to(dtype)).sum(-1)
+    rows_7B = torch.stack([q_token_B, lse_B, noisy_lse_B, entropy_B, *grad_rows])
+    hidden_DB, grad_DB, keys_2B = columns(hidden_BD), columns(grad_BD), split_keys(keys_B)
+    narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype)
+
+    tied, both_DM = same_weight(out_weight_VD, in_weight_VD), torch.cat([hidden_DB, grad_DB], dim=1)
+    scratch_TM = both_DM.new_empty(2, tile_size(out_weight_VD), both_DM.shape[1])
+
+    def factors(mean_B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each tile with ``[T, 2B]``: the logits' gradient but for the mean of q, and what that mean multiplies. Adds to the mean."""
+        in_tiles = repeat((None, None)) if tied else tiles(in_weight_VD)
+        for (tile, out_TD), (_, in_TD) in zip(tiles(out_weight_VD), in_tiles, strict=False):
+            logits_TM, factors_TM = scratch_TM[:, : len(out_TD)]
+            raw_TB, q_TB = logits_TM.chunk(2, dim=1)
+            if tied:
+                torch.mm(out_TD, both_DM, out=logits_TM)
+            else:
+                torch.mm(out_TD, hidden_DB, out=raw_TB)
+                torch.mm(in_TD, grad_DB, out=q_TB)
+            bias_T = None if bias_V is None else narrow_bias_V[tile]
+            of_tile = (raw_TB, raw_TB.stride(0), q_TB, q_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, *raw_TB.shape)
+            call("gumbel_gradient", raw_TB.dtype, *of_tile, noise, 1 / tau, rows_7B, ids_B, torch.get_num_threads(), factors_TM, mean_B)
+            yield tile, out_TD, factors_TM
+
+    mean_B = torch.zeros_like(lse_B, dtype=torch.float64)
+    if not weights:
+        total_MD = torch.zeros(2 * len(ids_B), hidden_BD.shape[1], dtype=dtype)
+        for _, out_TD, factors_TM in factors(mean_B):
+            add_product(total_MD, factors_TM, out_TD)
+        gradient_BD, per_mean_BD = total_MD.chunk(2)
+        return (gradient_BD - mean_B[:, None].to(dtype) * per_mean_BD).to(hidden_BD.dtype), None, None
+
+    for _ in factors(mean_B):
+        pass
+    total_BD = torch.zeros_like(hidden_BD, dtype=dtype)
+    grad_weight_VD, grad_bias_V = torch.empty_like(out_weight_VD), None if bias_V is None else torch.empty_like(bias_V)
+    for tile, out_TD, factors_TM in factors(torch.zeros_like(mean_B)):
+        gradient_TB, per_mean_TB = factors_TM.chunk(2, dim=1)
+        gradient_TB = gradient_TB - (mean_B * per_mean_TB).to(gradient_TB.dtype)
+        add_product(total_BD, gradient_TB, out_TD)
+        grad_weight_VD[tile] = gradient_TB @ hidden_DB.T
+        if grad_bias_V is not None:
+            grad_bias_V[tile] = gradient_TB.sum(1)
+    return total_BD.to(hidden_BD.dtype), grad_weight_VD, grad_bias_V

@@ -1,0 +1,98 @@
+"""tools/explain.py as a user meets it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import explain
+import pytest
+from conftest import ROOT
+from saved_lens import make_run
+
+from megalens import cli
+
+TEXT = "Arden is a river."
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["explain.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.run(explain.main, explain.__doc__)
+    return exit.value.code or 0
+
+
+def test_a_line_per_token_with_aligned_figures(checkpoint, monkeypatch, capsys):
+    assert run(monkeypatch, f"checkpoint={checkpoint}", TEXT) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokens = json.loads(as_json(checkpoint, monkeypatch, capsys))
+    assert len(lines) == len(tokens) + 1
+    assert lines[0].split() == ["token", "explanation", "FVE"]
+    for at, (line, token) in enumerate(zip(lines[1:], tokens, strict=True)):
+        assert line.lstrip().startswith(token["token"].strip())
+        assert line.endswith("*") == (at < 4)  # the lens was not trained below min_pos
+
+
+def as_json(checkpoint, monkeypatch, capsys):
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "--json", TEXT) == 0
+    return capsys.readouterr().out
+
+
+def test_json_holds_token_explanation_and_fve(checkpoint, monkeypatch, capsys):
+    tokens = json.loads(as_json(checkpoint, monkeypatch, capsys))
+    assert "".join(token["token"] for token in tokens) == TEXT
+    assert all(set(token) == {"token", "explanation", "fve"} for token in tokens)
+
+
+def test_a_dash_reads_the_standard_input(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT + "\n"))
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "--json", "-") == 0
+    assert capsys.readouterr().out == as_json(checkpoint, monkeypatch, capsys)
+
+
+def test_a_page_is_written_beside_the_table(checkpoint, monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "<script>alert(1)</script> river", "--html", page) == 0
+    html = page.read_text()
+    assert html.count("<script>") == 1  # our own
+    assert "alert(1)" not in html.split("<script>")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["some text"], "no checkpoint is named"),
+        (["checkpoint=nowhere/best", "some text"], "nowhere/best is no checkpoint"),
+        (["checkpoint=BEST"], "0 texts are given"),
+        (["checkpoint=BEST", "two", "texts"], "2 texts are given; quote one"),
+        (["checkpoint=BEST", ""], "the text is empty"),
+        (["checkpoint=BEST", "--jsn", "text"], "unknown option --jsn"),
+        (["checkpoint=BEST", "text", "--html"], "--html wants a file"),
+        (["checkpoint=BEST", "word " * 300], "more than the window"),
+        (["checkpoint=BEST", "dtype=fp8", "text"], "dtype=fp8 must be one of"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *(a.replace("BEST", str(checkpoint)) for a in arguments)) == 1
+    *_, line = capsys.readouterr().err.splitlines()  # loading the model may have shown a bar before
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("tool", ["explain.py", "eval.py"])
+def test_help_is_printed_from_any_folder_without_loading_anything(tool, tmp_path):
+    code = (
+        "import atexit, runpy, sys; sys.argv = ['x', '--help']; atexit.register(lambda: print('torch' in sys.modules)); "
+        f"runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python tools/" in done.stdout
+    assert done.stdout.endswith("False\n")

@@ -1,0 +1,184 @@
+"""tools/eval.py from a checkpoint to its files, and the page: self-contained, escaped, complete."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from saved_lens import make_run
+
+from megalens import cli
+from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.evaluation import Result
+from megalens.evaluate.page import escape, shade
+from megalens.evaluate.plots import curves, intervals, read_curve
+from megalens.evaluate.report import render
+from megalens.evaluate.table import examples
+
+tool = importlib.import_module("eval")
+EVIL = "</td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e"
+
+
+class Page(HTMLParser):
+    """The tags of a page, each with its attributes; wrong nesting of what must nest is an error."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "line", "circle", "path", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.run(tool.main, tool.__doc__)
+    return exit.value.code or 0
+
+
+@pytest.fixture
+def evil():
+    figures = {
+        source: {name: 0.5 for name in ("fve_nrm", "fve_std", "fve", "kl_recovered", "cos", "kl", "top1", "failed")} for source in LABELS
+    }
+    figures["lens"] |= {"cos_q05": 0.1, "cos_q50": 0.2, "cos_q95": 0.3}
+    figures["shuffled"] = {name: -40.0 for name in figures["shuffled"]}
+    setting = dict.fromkeys(("model", "tail_order", "train_mode", "dataset", "trained", "checkpoint", "dtype"), EVIL)
+    numbers = {"layer_l": 1, "t_text": 3, "rows": 2, "documents": 2, "min_pos": 1, "seq_len": 4, "bootstrap": 0}
+    example = {"context": EVIL, "explanation": EVIL, "fve": 0.3, "position": 3, "doc_id": 1}
+    tokens = [{"token": EVIL, "explanation": EVIL, "fve": fve} for fve in (-200.0, 0.5, -0.2, 1.0, 0.0)]
+    return Result(setting | numbers, figures, 0.9, [example], [{"doc_id": 1, "tokens": tokens}])
+
+
+def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys):
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "evaluation.num_samples=11") == 0
+    printed = capsys.readouterr().out
+    result = Result(**json.loads((checkpoint.parent / "evaluation.json").read_text()))
+    assert result.setting["rows"] == 11
+    assert result.setting["checkpoint"] == "step-00000012"
+    assert result.setting["trained"] == "12 micro-steps of 64 rows"
+    assert list(result.figures) == list(LABELS)
+    assert all(label in printed for label in LABELS.values())
+    assert examples(result) in printed
+    page = (checkpoint.parent / "report.html").read_text()
+    Page(page)
+    assert f"{result.figures['lens']['fve_nrm']:.3f}" in page
+    assert page.count("<polyline") == 2  # the curves of metrics.jsonl
+    tokens = sum(len(document["tokens"]) for document in result.documents)
+    assert page.count("data-said=") == tokens > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name one checkpoint"),
+        (["checkpoint=nowhere/best"], "nowhere/best is no checkpoint"),
+        (["checkpoint=BEST", "evaluation.num_sample=3"], "did you mean 'evaluation.num_samples'"),
+        (["checkpoint=BEST", "evaluation.num_samples="], "is empty"),
+        (["checkpoint=BEST", "activation_dumper.root=/nowhere"], "there is no dump in /nowhere"),
+        (["checkpoint=BEST", "model_name=/nowhere/model"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *(a.replace("BEST", str(checkpoint)) for a in arguments)) == 1
+    *_, line = capsys.readouterr().err.splitlines()  # loading the model may have shown a bar before
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_dump_of_another_layer_is_refused(checkpoint, monkeypatch, capsys, tmp_path):
+    root = checkpoint.parents[2] / "activations"
+    shutil.copytree(root, tmp_path / "activations")
+    (tmp_path / "activations" / "model" / "layer_1").rename(tmp_path / "activations" / "model" / "layer_2")
+    assert run(monkeypatch, f"checkpoint={checkpoint}", f"activation_dumper.root={tmp_path / 'activations'}", "layer_l=2") == 1
+    assert "is of layer (1), not of this configuration's (2)" in capsys.readouterr().err
+
+
+def test_results_lie_in_the_run_of_the_checkpoint(checkpoint):
+    run_dir = checkpoint.parent
+    assert tool.run_folder(checkpoint) == run_dir
+    assert tool.run_folder(run_dir / "checkpoints" / "step-00000012") == run_dir
+
+
+def test_texts_can_not_break_out_of_the_page(evil):
+    page = render(evil, EVIL, [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}])
+    scripts = re.findall(r"<script.*?>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 1
+    assert "alert" not in scripts[0]
+    tags = Page(page).tags
+    assert not [tag for tag, _ in tags if tag == "img"]
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    said = [attributes["data-said"] for _, attributes in tags if "data-said" in attributes]
+    assert said == [EVIL.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")] * 5
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_the_page_asks_nobody_for_anything(evil):
+    page = render(evil, "run", [])
+    assert "http:" not in page
+    assert "https:" not in page
+    assert not [name for _, attributes in Page(page).tags for name in attributes if name in ("src", "href")]
+    (policy,) = [attributes["content"] for _, attributes in Page(page).tags if "http-equiv" in attributes]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+
+
+def test_positions_outside_the_training_are_marked(evil):
+    spans = [a for tag, a in Page(render(evil, "run", [])).tags if "data-at" in a]
+    assert [" out" in span["class"] for span in spans] == [True, False, False, False, True]  # trained on 1 to 3
+
+
+def test_every_token_can_be_reached_by_keyboard_and_read_as_a_table(evil):
+    page = render(evil, "run", [])
+    tags = Page(page).tags
+    assert all(a["tabindex"] == "-1" for tag, a in tags if "data-at" in a)  # the script gives each text one tab stop, arrows move
+    assert "ArrowRight" in page
+    assert ("div", {"id": "tip", "role": "status", "hidden": None}) in tags
+    assert page.count('<td class="said">') == 5 + 1
+
+
+def test_colour_says_sign_and_size():
+    assert shade(1.0) == "g v10"
+    assert shade(0.0) == "g v0"
+    assert shade(0.52) == "g v5"
+    assert shade(-0.52) == "b v5"
+    assert shade(-300.0) == "b v10"
+
+
+def test_a_figure_beyond_the_axis_is_an_arrow():
+    drawing = intervals([("far", -40.0, -50.0, -30.0, False), ("near", 0.5, 0.4, 0.6, True)])
+    assert drawing.count("<path") == 1
+    assert drawing.count("<circle") == 1
+    assert "-40.00" in drawing
+
+
+def test_a_curve_survives_a_cut_line_and_what_is_no_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": NaN}\n{"step": 3, "train/loss": 1.0}\n{"step": 4, "tra')
+    (drawing,) = curves(read_curve(path))
+    assert len(drawing.split('points="')[1].split('"')[0].split()) == 2
+    assert read_curve(tmp_path / "absent") == []
+    assert curves([]) == []
+
+
+def test_escaped_text_has_no_markup():
+    assert escape("<a href='x'>&\n") == "&lt;a href=&#x27;x&#x27;&gt;&amp;⏎"
