@@ -1,6 +1,6 @@
 """Run under torchrun by test_engine.py: the same training on every engine, on this many ranks; rank 0 writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/engine_ranks.py FOLDER
+torchrun --nproc_per_node 2 tests/engine_ranks.py FOLDER
 """
 
 import json
@@ -23,7 +23,8 @@ def make_engine(stage, dtype, weights=None):
     torch.manual_seed(0)
     module = FakeLens(torch.bfloat16 if dtype == "bf16" else torch.float32)
     file = stage and str(ROOT / "ds_configs" / f"{stage}.json")
-    config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2, learning_rate=0.01, weight_decay=0.1, deepspeed=file)
+    config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2, deepspeed=file)
+    config.learning_rate, config.weight_decay = 0.01, 0.1
     if weights:
         with torch.no_grad():
             for name, value in weights.items():

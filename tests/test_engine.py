@@ -239,7 +239,8 @@ def ds_file(tmp_path, **changes):
 
 
 def test_auto_is_what_the_configuration_says():
-    config = Config(deepspeed=str(ROOT / "ds_configs" / "z3.json"), batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1, dtype="bf16")
+    file = str(ROOT / "ds_configs" / "z3.json")
+    config = Config(deepspeed=file, batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1, dtype="bf16")
     resolved = ds_config.resolve(config, 4)
     assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (16, 2, 2)
     assert resolved["bf16"] == {"enabled": True}

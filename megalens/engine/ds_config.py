@@ -9,7 +9,6 @@ from typing import Any
 from megalens.engine.base import EngineError
 
 
-
 def zero_stage(config) -> int:
     """The ZeRO stage of the file that ``config.deepspeed`` names."""
     return _stage(config, _read(config))
@@ -35,7 +34,7 @@ def resolve(config, ranks: int) -> dict:
         found.pop("data_types", None)
     left = _autos(found)
     if left:
-        raise EngineError(f"{config.deepspeed}: {left[0]} can not be \"auto\"; give it a value or leave it out")
+        raise EngineError(f'{config.deepspeed}: {left[0]} can not be "auto"; give it a value or leave it out')
     return {"steps_per_print": None, **found}
 
 
@@ -61,7 +60,7 @@ def _settle(found: dict, path: str, value: Any, key: str, file: str) -> None:
         found = found.setdefault(section, {})
     said = found.get(name, "auto")
     if said not in ("auto", value):
-        raise EngineError(f"{file}: {path}={said} contradicts {key} ({value}); write \"auto\" there, or change the setting")
+        raise EngineError(f'{file}: {path}={said} contradicts {key} ({value}); write "auto" there, or change the setting')
     found[name] = value
 
 

@@ -34,7 +34,8 @@ class ZeroEngine(Engine):
         on_gpu = next(module.parameters()).device.type == "cuda"
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not dist.is_initialized():  # without a launcher: a group of one
             dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         super().__init__(config, module, groups)
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
