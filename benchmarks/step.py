@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--size smol] [--batch 32] [--dtype fp32] [--terms full] [--repeats 5]
 
-One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run. A step is
-forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM, ``--terms mse`` MSE alone.
-Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured in a fresh process per side: peak
-resident set minus the resident set after loading. Prints one JSON line per configuration.
+One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run.
+A step is forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM,
+``--terms mse`` MSE alone. Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured
+in a fresh process per side: peak resident set minus the resident set after loading. Prints one JSON line per configuration.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def main() -> None:
         for dtype in [options.dtype] if options.dtype else ["fp32", "bf16"]:
             options.dtype = dtype
             figures = timings(options, folder) | {f"peak_mb_{side}": fresh_process(options, side) for side in SIDES}
-            print(json.dumps(describe(options) | figures | {"peak_ratio": round(figures["peak_mb_ours"] / figures["peak_mb_plain"], 3)}), flush=True)
+            print(
+                json.dumps(describe(options) | figures | {"peak_ratio": round(figures["peak_mb_ours"] / figures["peak_mb_plain"], 3)}),
+                flush=True,
+            )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -128,7 +131,18 @@ def timings(options: argparse.Namespace, folder: str) -> dict:
 
 def fresh_process(options: argparse.Namespace, side: str) -> float:
     """The side's peak memory in a process of its own."""
-    command = [sys.executable, __file__, "--size", options.size, "--batch", str(options.batch), "--dtype", options.dtype, "--terms", options.terms]
+    command = [
+        sys.executable,
+        __file__,
+        "--size",
+        options.size,
+        "--batch",
+        str(options.batch),
+        "--dtype",
+        options.dtype,
+        "--terms",
+        options.terms,
+    ]
     done = subprocess.run([*command, "--side", side], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 

@@ -199,7 +199,9 @@ class Config:
     seed: int = setting(0, "seed of sample order, initialisation and Gumbel noise")
     device: str = setting("auto", "auto (a GPU where there is one) | cpu | cuda", ("auto", "cpu", "cuda"))
     dtype: str = setting(
-        "auto", "arithmetic: bf16 | fp32 | auto (bf16 where the processor has it, else fp32); trained weights keep an fp32 master", ("auto", "bf16", "fp32")
+        "auto",
+        "arithmetic: bf16 | fp32 | auto (bf16 where the processor has it, else fp32); trained weights keep an fp32 master",
+        ("auto", "bf16", "fp32"),
     )
     force_redump: bool = setting(False, "make pretokenized text and dump anew (tools/run_pipeline.py, tools/dump_acts.py)")
 

@@ -10,9 +10,10 @@ import torch
 from megalens.config import Config, ConfigError
 from megalens.data import dump
 from megalens.data.shards import REDUMP
+from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
-from megalens.lens.subject import load_tokenizer, resolve_device
+from megalens.lens.subject import load_tokenizer
 from megalens.resume import source_folder
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalens.config import Config, load_config
+from megalens.device import resolve_dtype
 from megalens.engine.checkpoint import (
     CheckpointError,
     RunFolder,
@@ -25,7 +26,7 @@ from megalens.engine.checkpoint import (
 )
 from megalens.trainer import TRAINER_VERSION, Progress
 
-_SAME = ("layer_l", "t_text", "dtype", "batch_size", "gradient_accumulation_steps", "seed")
+_SAME = ("layer_l", "t_text", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
 
 
@@ -60,7 +61,7 @@ def identity(config: Config, fingerprint: str, meta: dict) -> dict:
         meta: of the training dump.
     """
     same = {"model_name": fingerprint, "dump": hashlib.sha256(json.dumps(meta["shards"]).encode()).hexdigest()[:16]}
-    same |= {key: getattr(config, key) for key in _SAME}
+    same |= {"dtype": resolve_dtype(config)} | {key: getattr(config, key) for key in _SAME}
     for part in _SAME_PARTS:
         same |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return same

@@ -198,25 +198,6 @@ def test_a_sample_draws_the_same_noise_wherever_it_stands(folders):
         torch.testing.assert_close(sum(half[name] for half in halves) / 2, whole[name], atol=1e-5, rtol=1e-5)
 
 
-def test_text_gradient_is_that_of_the_relaxed_text(folders):
-    """The straight-through gradient equals the gradient of the softmax mixture at the same hard forward values."""
-    lens = make_lens(folders["llama"]).double()
-    a_BD = make_batch()["activation"].double().requires_grad_()
-    lens.subject.lm.model.double()
-    keys = [noise_keys(0, 1, torch.arange(4), t) for t in range(5)]
-    text = lens.verbalizer.decode(a_BD, lambda t: keys[t], tau=0.7)
-    direction = torch.randn(text.embeds_BTD.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad((text.embeds_BTD[:, 0] * direction[:, 0]).sum(), a_BD)
-    from megalens.ops.noise import gumbel, split_keys
-
-    normed = lens.verbalizer.decode(a_BD, lambda t: keys[t], tau=0.7).normed_BTD[:, 0]
-    weight = lens.subject.lm.vocabulary.out_weight
-    noise = gumbel(*split_keys(keys[0]), torch.arange(512, dtype=torch.int32), torch.double)
-    soft = ((normed @ weight.T + noise) / 0.7).softmax(-1) @ lens.subject.lm.vocabulary.in_weight
-    (expected,) = torch.autograd.grad((soft * direction[:, 0]).sum(), a_BD)
-    torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=1e-8)
-
-
 def test_checkpoint_of_another_shape_is_refused_by_name(folders):
     lens = make_lens(folders["llama"])
     state = {name: p.detach().clone() for name, p in lens.named_parameters() if name in lens.lens_state_names()}

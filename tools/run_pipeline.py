@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         say(f"{config.run_dir}: training")
         runner.run([*launcher(config), *phase.arguments])
     best = phases[-1].config.run_dir / "best"
-    say(f"the lens is in {best}; measure it: python tools/eval.py checkpoint={best}")
+    say(f"trained; measure the best checkpoint: python tools/eval.py checkpoint={best}")
     return 0
 
 

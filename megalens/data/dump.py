@@ -29,6 +29,7 @@ from megalens.data.files import Lock
 from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
 from megalens.data.sampling import Plan, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
+from megalens.device import resolve_dtype
 from megalens.lens.subject import Subject, load_subject, subject_fingerprint
 
 SPLITS = ("train", "val")
@@ -158,7 +159,7 @@ def _writer(config: Config, split: str, plan: Plan, subject: Subject) -> ShardWr
         "tokenizer": tokenizer_identity(config),
         "layer": config.layer_l,
         "d": subject.d,
-        "dtype": config.dtype,
+        "dtype": resolve_dtype(config),
         "encoding": settings.encoding,
         "token_type": "uint16" if vocabulary <= 1 << 16 else "int32",
         "vocab_size": vocabulary,

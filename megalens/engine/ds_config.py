@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalens.device import resolve_dtype
 from megalens.engine.base import EngineError
 
 
@@ -30,7 +31,7 @@ def resolve(config, ranks: int) -> dict:
         raise EngineError(f"{config.deepspeed}: optimizer.type={optimizer.get('type')} must be AdamW")
     for path, (value, key) in _wanted(config, ranks).items():
         _settle(found, path, value, key, config.deepspeed)
-    if config.dtype == "fp32":  # there is nothing to accumulate more exactly
+    if resolve_dtype(config) == "float32":  # there is nothing to accumulate more exactly
         found.pop("data_types", None)
     left = _autos(found)
     if left:
@@ -46,7 +47,7 @@ def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
         "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
         "train_batch_size": (config.batch_size * accumulation, "batch_size * gradient_accumulation_steps"),
         "gradient_clipping": (config.grad_clip, "grad_clip"),
-        "bf16.enabled": (config.dtype == "bf16", "dtype=bf16"),
+        "bf16.enabled": (resolve_dtype(config) == "bfloat16", "dtype"),
         "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
         "optimizer.params.lr": (config.learning_rate, "learning_rate"),
         "optimizer.params.betas": (list(config.betas), "betas"),

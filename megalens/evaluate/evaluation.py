@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megalens.config import Config
 from megalens.data.loader import ActivationLoader
+from megalens.device import resolve_dtype
 from megalens.evaluate.baselines import partners, rebuilds
 from megalens.evaluate.explain import explain_ids
 from megalens.evaluate.metrics import Reference, figures, join, logit_statistics, mean_where_failed, row_fve, row_statistics
@@ -160,6 +161,6 @@ def _setting(config: Config, doc_ids: np.ndarray) -> dict:
         "min_pos": config.activation_dumper.min_pos,
         "seq_len": config.activation_dumper.seq_len,
         "bootstrap": config.evaluation.bootstrap,
-        "dtype": config.dtype,
+        "dtype": resolve_dtype(config),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }

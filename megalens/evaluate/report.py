@@ -50,7 +50,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         _setting(s),
         "<h2>How much of the activation the words hold</h2>",
         f'<div class="card">{_forest(result)}</div>',
-        '<p class="soft"><code>fve_nrm</code>, with 95 % intervals over documents. Above the lens stand ceilings, below it floors. '
+        '<p class="soft"><code>fve_nrm</code>, with 95 % intervals over documents. Above the lens: gold and copies; below it: floors. '
         f"A copy is the context&rsquo;s own last {s['t_text']} tokens in the explanation&rsquo;s place: it needs no lens, and a lens earns "
         "its name when it beats it.</p>",
         "<h2>Every figure</h2>",

@@ -91,7 +91,7 @@ class ConsistencyLens(nn.Module):
 
     def _round_trip(self, batch: dict[str, Tensor], at: Step, weights: dict[str, float]) -> dict[str, Tensor]:
         a_BD, c = batch["activation"], self.config
-        needs_text_gradient = c.text_gradient and (weights["mse"] or weights["kl"]) or weights["lm"] or weights["entropy"]
+        needs_text_gradient = (c.text_gradient and (weights["mse"] or weights["kl"])) or weights["lm"] or weights["entropy"]
         with nullcontext() if needs_text_gradient else torch.no_grad():
             text = self.verbalizer.decode(a_BD, lambda t: noise_keys(c.seed, at.update, batch["sample_id"], t), at.tau, c.gumbel_noise)
         embeds_BTD = text.embeds_BTD if c.text_gradient else text.embeds_BTD.detach()

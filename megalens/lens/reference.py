@@ -1,4 +1,6 @@
-"""The training step written down plainly: no cache, no shared prompt, whole forward passes. What the fast step must equal, and is measured against.
+"""The training step written down plainly: no cache, no shared prompt, whole forward passes.
+
+What the fast step must equal, and is measured against.
 
 Every token of the decode runs prompt and text again; the subject reads the context once for M(a) and once more, patched, for M(a_hat).
 """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
+from megalens.device import resolve_device, resolve_dtype
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter
 
 
@@ -129,43 +130,12 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
     settings = _load_model_config(config)
     _check_layer(config, settings)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
-    model = _from_pretrained(
-        AutoModelForCausalLM, config, config=settings, dtype=resolve_dtype(config), attn_implementation=attention, use_safetensors=True
-    )
+    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention, "use_safetensors": True}
+    model = _from_pretrained(AutoModelForCausalLM, config, config=settings, **options)
     lm = CausalLM(model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
     return Subject(lm, config.layer_l, subject_fingerprint(config)).to(resolve_device(config.device))
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto``: this process's GPU where there is one, else the CPU.
-
-    Raises:
-        ConfigError: ``cuda`` is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ConfigError(
-            "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
-        )
-    if device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def resolve_dtype(config: Config) -> torch.dtype:
-    """The dtype of ``config.dtype``; ``auto`` is bf16 on GPUs and on CPUs with bf16 instructions (others emulate it, several times slower)."""
-    if config.dtype != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    capabilities = torch.cpu.get_capabilities()
-    native = (
-        resolve_device(config.device).type == "cuda"
-        or capabilities.get("avx512_bf16")
-        or capabilities.get("amx_bf16")
-        or capabilities.get("bf16")
-    )
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_tokenizer(config: Config):

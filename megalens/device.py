@@ -1,0 +1,37 @@
+"""Which device and dtype this machine computes with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megalens.config import Config, ConfigError
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: this process's GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError(
+            "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def resolve_dtype(config: Config) -> str:
+    """``float32`` or ``bfloat16``; ``dtype=auto`` is bf16 on GPUs and on CPUs with bf16 instructions.
+
+    Other CPUs emulate bf16, several times slower than float32.
+    """
+    if config.dtype != "auto":
+        return {"bf16": "bfloat16", "fp32": "float32"}[config.dtype]
+    capabilities = torch.cpu.get_capabilities()
+    native = resolve_device(config.device).type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"
