@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import random
 import shutil
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -176,6 +179,16 @@ def test_rows_are_shuffled(make_config):
     documents = read_all(config, "train")["doc_id"].tolist()
     assert sum(a == b for a, b in pairwise(documents)) < len(documents) / 5
     assert documents != sorted(documents)
+
+
+def test_every_key_and_column_is_in_the_formats_description(make_config):
+    config = make_config()
+    dump(config)
+    described = (Path(__file__).parents[1] / "docs/format.md").read_text()
+    reader = ShardReader(config.activation_dir("train"))
+    shard = pa.ipc.open_file(pa.memory_map(str(config.activation_dir("train") / "shard-00000.arrow")))
+    for name in [*json.loads((config.activation_dir("train") / "meta.json").read_text()), *shard.schema.names, *reader.meta["shards"][0]]:
+        assert f"`{name}`" in described, name
 
 
 # ------------------------------------------------------------------------------------------------------------- counts

@@ -138,7 +138,9 @@ def test_many_processes_give_the_same_tokens(make_config, place, tmp_path):
 
 def test_ranks_that_start_together_make_it_once(make_config):
     config = make_config()
-    ranks = [multiprocessing.get_context("spawn").Process(target=pretokenize, args=(config,)) for _ in range(3)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megalens.data.pretokenize", "transformers.models.auto.tokenization_auto"])
+    ranks = [context.Process(target=pretokenize, args=(config,)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -132,8 +132,9 @@ class ShardWriter:
 
     Args:
         folder: the dump's folder.
-        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16``
-            or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work on one dump.
+        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type``
+            (``uint16`` or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work
+            on one dump.
     """
 
     def __init__(self, folder: str | Path, header: dict):
@@ -198,8 +199,8 @@ class ShardWriter:
 
         Args:
             index: which one.
-            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is that
-                of :meth:`shard_rows`.
+            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is
+                that of :meth:`shard_rows`.
 
         Raises:
             DataError: an activation is not finite, or the disk is full.
