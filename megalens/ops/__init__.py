@@ -2,7 +2,7 @@
 
 from megalens.ops.checks import OpError
 from megalens.ops.gumbel import GumbelEmbed, gumbel_embed
-from megalens.ops.kl import vocab_kl
+from megalens.ops.kl import Divergences, vocab_divergences, vocab_kl
 from megalens.ops.noise import noise_keys
 
-__all__ = ["GumbelEmbed", "OpError", "gumbel_embed", "noise_keys", "vocab_kl"]
+__all__ = ["Divergences", "GumbelEmbed", "OpError", "gumbel_embed", "noise_keys", "vocab_divergences", "vocab_kl"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from megalens.ops.checks import OpError, cast_under_autocast, check_device, chec
 from megalens.ops.noise import gumbel
 from megalens.ops.tile import tiles_pay, wide
 
-IMPLEMENTATIONS = ("reference", "tile")
+IMPLEMENTATIONS = ("reference", "tile", "triton")
 
 
 class GumbelEmbed(NamedTuple):
@@ -44,7 +46,7 @@ def gumbel_embed(
     ``in_weight[ids]``; its gradient reaches the logits as that of ``softmax((logits + noise * gumbel) / tau) @ in_weight``, and
     ``in_weight`` as that of its value, exactly as ``F.gumbel_softmax(..., hard=True) @ in_weight`` does.
 
-    ``tile`` and its kind are one registered operator, ``megalens::gumbel_embed``, opaque to ``torch.compile``; they have a first
+    ``tile`` and ``triton`` are one registered operator, ``megalens::gumbel_embed``, opaque to ``torch.compile``; they have a first
     derivative only, and no ``vmap``. Under autocast the hidden states are cast to the weights' dtype and the op computes in it.
 
     Args:
@@ -56,7 +58,8 @@ def gumbel_embed(
         noise: factor of the Gumbel noise.
         bias_V: bias of the head.
         softcap: the cap of the logits (Gemma), or None.
-        impl: ``reference`` (plain PyTorch), ``tile`` (CPU, keeps no ``[B, V]`` tensor) or ``auto``, the fastest there is.
+        impl: ``reference`` (plain PyTorch), ``tile`` (CPU) or ``triton`` (GPU), which keep no ``[B, V]`` tensor, or ``auto``, the fastest
+            there is.
 
     Returns:
         :class:`GumbelEmbed`; the scalars are float32 (float64 for float64 inputs) and differentiable.
@@ -81,7 +84,7 @@ def gumbel_embed(
         raise OpError(f"gumbel_embed: keys must be int64 [{hidden_BD.shape[0]}], one per row, not {keys_B.dtype} {list(keys_B.shape)}")
     check_device("gumbel_embed", hidden=hidden_BD, in_weight=in_weight_VD, keys=keys_B)
     if impl == "auto":
-        impl = "tile" if tiles_pay(out_weight_VD) else "reference"
+        impl = _fastest(out_weight_VD)
     with torch.autocast(hidden_BD.device.type, enabled=False):
         if impl == "reference":
             return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
@@ -89,6 +92,25 @@ def gumbel_embed(
         one = torch.ones(1, dtype=torch.float64)
         tau_and_noise = torch.cat([one * tau, one * noise])
         return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
+
+
+def _fastest(weight_VD: Tensor) -> str:
+    if weight_VD.is_cuda and weight_VD.dtype != torch.float64 and find_spec("triton") is not None:
+        return "triton"
+    return "tile" if tiles_pay(weight_VD) else "reference"
+
+
+def _implementation(impl: str, weight_VD: Tensor):
+    """The module of an implementation, or the error that says why it can not serve these weights."""
+    if impl == "tile":
+        if weight_VD.device.type != "cpu":
+            raise OpError(f'gumbel_embed: impl="tile" is for a CPU, and the weights are on {weight_VD.device}: use "auto"')
+        return gumbel_tile
+    if find_spec("triton") is None:
+        raise OpError('gumbel_embed: impl="triton" needs triton: pip install triton, or use "auto"')
+    if weight_VD.dtype == torch.float64:
+        raise OpError('gumbel_embed: impl="triton" has no float64: use impl="reference"')
+    return import_module("megalens.ops.gumbel_triton")
 
 
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
@@ -131,7 +153,8 @@ def _operator(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of :class:`GumbelEmbed` and the log-sum-exp of the noisy logits over tau, which the backward needs."""
-    ids_B, *scalars, noisy_lse_B = gumbel_tile.forward(hidden_BD, out_weight_VD, keys_B, bias_V, *tau_and_noise.tolist(), softcap)
+    forward = _implementation(impl, out_weight_VD).forward
+    ids_B, *scalars, noisy_lse_B = forward(hidden_BD, out_weight_VD, keys_B, bias_V, *tau_and_noise.tolist(), softcap)
     return ids_B, in_weight_VD[ids_B], *scalars, noisy_lse_B
 
 
@@ -154,7 +177,7 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, out_weight and bias, the latter two empty unless ``weights``."""
     hidden_BD, out_weight_VD, in_weight_VD, keys_B = inputs
-    found = gumbel_tile.backward(
+    found = _implementation(impl, out_weight_VD).backward(
         grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, *tau_and_noise.tolist(), softcap, weights
     )
     return tuple(hidden_BD.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -163,12 +186,8 @@ def _backward_operator(
 @_backward_operator.register_fake
 def _(grads, inputs, bias_V, saved, tau_and_noise, softcap, weights, impl):
     hidden_BD, out_weight_VD, _, _ = inputs
-    empty = hidden_BD.new_empty(0)
-    return (
-        torch.empty_like(hidden_BD),
-        torch.empty_like(out_weight_VD) if weights else empty,
-        empty if bias_V is None or not weights else torch.empty_like(bias_V),
-    )
+    found = (hidden_BD, out_weight_VD if weights else None, bias_V if weights else None)
+    return tuple(hidden_BD.new_empty(0) if like is None else torch.empty_like(like) for like in found)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -206,4 +225,4 @@ _operator.register_autograd(_backward, setup_context=_save)
 
 @_operator.register_vmap
 def _(info, in_dims, *args):
-    raise OpError('gumbel_embed: no vmap over impl="tile"; fold the mapped dimension into the batch, or use impl="reference"')
+    raise OpError('gumbel_embed: no vmap but over impl="reference"; fold the mapped dimension into the batch')

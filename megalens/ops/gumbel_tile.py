@@ -22,7 +22,7 @@ from megalens.ops.tile import add_product, columns, same_weight, tile_size, tile
 def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
     """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
     rows, hidden_DB = hidden_BD.shape[0], columns(hidden_BD)
-    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype)
+    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
     state = torch.zeros(6, rows, dtype=torch.float64)  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
     state[[0, 3]] = -torch.inf
     ids_B = torch.zeros(rows, dtype=torch.int64)
@@ -46,11 +46,10 @@ def backward(
     ``grads``: of embeds, log_prob, lse, entropy. ``saved``: ids, embeds, lse, entropy, noisy lse.
     """
     (grad_BD, *grad_rows), (ids_B, embeds_BD, lse_B, entropy_B, noisy_lse_B) = grads, saved
-    dtype = lse_B.dtype
-    q_token_B = (grad_BD.to(dtype) * embeds_BD.to(dtype)).sum(-1)
+    q_token_B = (grad_BD.to(lse_B.dtype) * embeds_BD.to(lse_B.dtype)).sum(-1)
     rows_7B = torch.stack([q_token_B, lse_B, noisy_lse_B, entropy_B, *grad_rows])
     hidden_DB, grad_DB, keys_2B = columns(hidden_BD), columns(grad_BD), split_keys(keys_B)
-    narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype)
+    narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
 
     tied, both_DM = same_weight(out_weight_VD, in_weight_VD), torch.cat([hidden_DB, grad_DB], dim=1)
     scratch_TM = both_DM.new_empty(2, tile_size(out_weight_VD), both_DM.shape[1])
@@ -71,23 +70,28 @@ def backward(
             call("gumbel_gradient", raw_TB.dtype, *of_tile, noise, 1 / tau, rows_7B, ids_B, torch.get_num_threads(), factors_TM, mean_B)
             yield tile, out_TD, factors_TM
 
+    return assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights)
+
+
+def assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients from the tiles' factors. ``factors(mean)`` gives each tile, its embedding and ``[T, 2B]``, and adds to the mean of q."""
     mean_B = torch.zeros_like(lse_B, dtype=torch.float64)
     if not weights:
-        total_MD = torch.zeros(2 * len(ids_B), hidden_BD.shape[1], dtype=dtype)
+        total_MD = torch.zeros(2 * len(lse_B), hidden_BD.shape[1], dtype=lse_B.dtype, device=lse_B.device)
         for _, out_TD, factors_TM in factors(mean_B):
             add_product(total_MD, factors_TM, out_TD)
         gradient_BD, per_mean_BD = total_MD.chunk(2)
-        return (gradient_BD - mean_B[:, None].to(dtype) * per_mean_BD).to(hidden_BD.dtype), None, None
+        return (gradient_BD - mean_B[:, None].to(lse_B.dtype) * per_mean_BD).to(hidden_BD.dtype), None, None
 
     for _ in factors(mean_B):
         pass
-    total_BD = torch.zeros_like(hidden_BD, dtype=dtype)
+    total_BD = torch.zeros_like(hidden_BD, dtype=lse_B.dtype)
     grad_weight_VD, grad_bias_V = torch.empty_like(out_weight_VD), None if bias_V is None else torch.empty_like(bias_V)
     for tile, out_TD, factors_TM in factors(torch.zeros_like(mean_B)):
         gradient_TB, per_mean_TB = factors_TM.chunk(2, dim=1)
         gradient_TB = gradient_TB - (mean_B * per_mean_TB).to(gradient_TB.dtype)
         add_product(total_BD, gradient_TB, out_TD)
-        grad_weight_VD[tile] = gradient_TB @ hidden_DB.T
+        grad_weight_VD[tile] = gradient_TB @ hidden_BD.to(gradient_TB.dtype)
         if grad_bias_V is not None:
             grad_bias_V[tile] = gradient_TB.sum(1)
     return total_BD.to(hidden_BD.dtype), grad_weight_VD, grad_bias_V

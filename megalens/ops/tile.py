@@ -8,7 +8,6 @@ Tiles lie transposed, ``[T, B]``: a slice of the embedding then enters the produ
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -23,14 +22,14 @@ CAST_TILE = 512  # where the tile of the embedding itself must be widened, which
 
 def tile_size(weight_VD: Tensor) -> int:
     """Vocabulary rows per tile."""
-    if weight_VD.dtype != product_dtype(weight_VD.dtype):
+    if weight_VD.dtype != product_dtype(weight_VD):
         return CAST_TILE
     return min(max(weight_VD.shape[0] // NUM_TILES // 16 * 16, MIN_TILE), MAX_TILE)
 
 
 def tiles(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The vocabulary slice by slice, each with its rows of the embedding in the dtype that is fast, good until the next is taken."""
-    size, dtype = tile_size(weight_VD), product_dtype(weight_VD.dtype)
+    size, dtype = tile_size(weight_VD), product_dtype(weight_VD)
     widened_TD = None if weight_VD.dtype == dtype else weight_VD.new_empty(size, weight_VD.shape[1], dtype=dtype)
     for start in range(0, weight_VD.shape[0], size):
         tile = slice(start, min(start + size, weight_VD.shape[0]))
@@ -43,12 +42,11 @@ def tiles_pay(weight_VD: Tensor) -> bool:
     return weight_VD.device.type == "cpu" and weight_VD.shape[0] >= 4 * MIN_TILE and not isinstance(library(), OpError)
 
 
-@functools.cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a CPU multiplies ``dtype`` in: float32 where it has no instruction for the narrow one (several times faster, and finer)."""
-    if dtype == torch.bfloat16:
-        return dtype if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.float32 if dtype == torch.float16 else dtype
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to multiply in: on a CPU float32 where it has no instruction for the narrow one (several times faster, and finer)."""
+    if tensor.device.type != "cpu" or tensor.dtype in (torch.float32, torch.float64):
+        return tensor.dtype
+    return tensor.dtype if tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +56,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def columns(hidden_BD: Tensor) -> Tensor:
     """Hidden states as the right factor ``[D, B]`` of a product with a tile, in the dtype that is fast."""
-    return hidden_BD.to(product_dtype(hidden_BD.dtype)).T.contiguous()
+    return hidden_BD.to(product_dtype(hidden_BD)).T.contiguous()
 
 
 def same_weight(one_VD: Tensor, other_VD: Tensor) -> bool:
@@ -70,5 +68,7 @@ def add_product(total_MD: Tensor, left_TM: Tensor, weight_TD: Tensor) -> None:
     """``total += left.T @ weight``, the product in their dtype and the sum in ``total``'s."""
     if total_MD.dtype == left_TM.dtype:
         torch.addmm(total_MD, left_TM.T, weight_TD, out=total_MD)
+    elif total_MD.is_cuda:
+        total_MD += torch.mm(left_TM.T, weight_TD, out_dtype=total_MD.dtype)
     else:
         total_MD += left_TM.T @ weight_TD

@@ -1,0 +1,126 @@
+"""The tile version of :func:`megalens.ops.vocab_divergences`, on any device: no tensor of the vocabulary's width, forward or backward.
+
+Forward: per tile both sides' logits, folded into running sums of e_p, e_p * z_p, e_p * z_q and their mirror images.
+Backward: the tile's logits again; with all divergences known, the gradient of either side's logits needs no second pass.
+What lies between the products is ``tile.cpp`` on a CPU, and plain torch operations on a tile elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from megalens.ops.native import call
+from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
+
+
+def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> Iterator[tuple]:
+    """Each tile with its rows of the two embeddings and, as ``tile.cpp`` takes them, its logits, biases and soft-cap."""
+    rows, tied = p_hidden_DN.shape[1], same_weight(p_weight_VD, q_weight_VD)
+    both_DM = torch.cat([p_hidden_DN, q_hidden_DN], dim=1) if tied else None
+    scratch_TM = p_hidden_DN.new_empty(tile_size(p_weight_VD), 2 * rows)
+    p_bias_V, q_bias_V = (None if bias is None else bias.to(scratch_TM.dtype).contiguous() for bias in (p_bias_V, q_bias_V))
+    q_tiles = repeat((None, None)) if tied else tiles(q_weight_VD)
+    for (tile, p_TD), (_, q_TD) in zip(tiles(p_weight_VD), q_tiles, strict=False):
+        p_raw_TN, q_raw_TN = scratch_TM[: len(p_TD)].chunk(2, dim=1)
+        if tied:
+            torch.mm(p_TD, both_DM, out=scratch_TM[: len(p_TD)])
+        else:
+            torch.mm(p_TD, p_hidden_DN, out=p_raw_TN)
+            torch.mm(q_TD, q_hidden_DN, out=q_raw_TN)
+        sides = ((p_raw_TN, p_bias_V), (q_raw_TN, q_bias_V))
+        raw = [item for raw_TN, bias_V in sides for item in (raw_TN, raw_TN.stride(0), None if bias_V is None else bias_V[tile])]
+        yield tile, p_TD, p_TD if tied else q_TD, (*raw, softcap or 0.0, *p_raw_TN.shape)
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Is ``tile.cpp`` for this tensor?"""
+    return tensor.device.type == "cpu"
+
+
+def _statistics(dtype: torch.dtype, *of_tile) -> None:
+    """Fold a tile into the state ``[2, 4, N]``."""
+    *logits, state = of_tile
+    if is_native(state):
+        call("kl_statistics", dtype, *logits, torch.get_num_threads(), state)
+        return
+    z_2TN = torch.stack(_capped(*logits))
+    top_2N = z_2TN.amax(1)
+    e_2TN = (z_2TN - top_2N[:, None]).exp()
+    base_2N = torch.maximum(top_2N.double(), state[:, 0])
+    sums = torch.stack([e_2TN.sum(1), (e_2TN * z_2TN).sum(1), (e_2TN * z_2TN.flip(0)).sum(1)], dim=1)
+    kept, added = (state[:, 0] - base_2N).exp()[:, None], (top_2N - base_2N).exp()[:, None]
+    state[:, 1:] = state[:, 1:] * kept + sums * added
+    state[:, 0] = base_2N
+
+
+def _gradient(dtype: torch.dtype, *of_tile) -> None:
+    """Write the gradients of a tile's logits into the last two arguments, ``[T, N]`` or None."""
+    *logits, rows_10N, p_out_TN, q_out_TN = of_tile
+    if is_native(rows_10N):
+        call("kl_gradient", dtype, *logits, rows_10N, torch.get_num_threads(), p_out_TN, q_out_TN)
+        return
+    lses, divergences, entropies, grads, entropy_grads = rows_10N.split(2)
+    capped, cap = _capped(*logits), logits[6]
+    logs = [z_TN - lse_N for z_TN, lse_N in zip(capped, lses, strict=True)]
+    for side, out_TN in enumerate((p_out_TN, q_out_TN)):
+        if out_TN is not None:
+            log_own_TN, log_other_TN = logs[side], logs[1 - side]
+            of_own_TN = grads[side] * (log_own_TN - log_other_TN - divergences[side]) - entropy_grads[side] * (log_own_TN + entropies[side])
+            gradient_TN = log_own_TN.exp() * of_own_TN + grads[1 - side] * (log_own_TN.exp() - log_other_TN.exp())
+            slope = 1.0 - (capped[side] / cap).square() if cap else 1.0
+            out_TN[: len(gradient_TN)] = gradient_TN * slope
+
+
+def _capped(p_raw_TN, _p_stride, p_bias_T, q_raw_TN, _q_stride, q_bias_T, cap, *_shape) -> list[Tensor]:
+    """Both sides' logits of a tile from what :func:`_logits` yields."""
+    sides = []
+    for raw_TN, bias_T in ((p_raw_TN, p_bias_T), (q_raw_TN, q_bias_T)):
+        z_TN = raw_TN.to(wide(raw_TN.dtype))
+        z_TN = z_TN if bias_T is None else z_TN + bias_T[:, None]
+        sides.append(cap * torch.tanh(z_TN / cap) if cap else z_TN)
+    return sides
+
+
+def forward(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> tuple[Tensor, ...]:
+    """KL(p || q), KL(q || p), the entropies of p and q, and their log-sum-exps, each ``[N]``."""
+    hidden = columns(p_hidden_ND), columns(q_hidden_ND)
+    # per side: top, sum e, sum e * z, sum e * z of the other side
+    state = torch.zeros(2, 4, p_hidden_ND.shape[0], dtype=torch.float64, device=p_hidden_ND.device)
+    state[:, 0] = -torch.inf
+    for _, _, _, logits in _logits(*hidden, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap):
+        _statistics(hidden[0].dtype, *logits, state)
+    top, mass, own, other = state.unbind(1)
+    lse = top + mass.log()
+    own, other = own / mass, other / mass  # the mean logit of the side itself and of the other side
+    divergence = (own - lse) - (other - lse.flip(0))
+    return tuple(found.to(wide(p_hidden_ND.dtype), copy=True) for found in (*divergence, *(lse - own), *lse))
+
+
+def backward(grads, found, hidden, weights, biases, softcap: float | None, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of the two hidden states, the two embeddings and the two biases, None where not ``wanted``.
+
+    ``grads``: of both divergences and both entropies. ``found``: what :func:`forward` gave.
+    """
+    divergences_and_entropies, lses = found[:4], found[4:]
+    rows_10N = torch.stack([*lses, *divergences_and_entropies, *grads])
+    narrow = columns(hidden[0]), columns(hidden[1])
+    rows, dtype = hidden[0].shape[0], lses[0].dtype
+    totals = [torch.zeros_like(h, dtype=dtype) if want else None for h, want in zip(hidden, wanted[:2], strict=True)]
+    others = [torch.empty_like(t) if want else None for t, want in zip((*weights, *biases), wanted[2:], strict=True)]
+    sides = [side for side in (0, 1) if any(wanted[side::2])]
+    scratch = [narrow[0].new_empty(tile_size(weights[0]), rows) if side in sides else None for side in (0, 1)]
+    for tile, *embeddings, logits in _logits(*narrow, *weights, *biases, softcap):
+        _gradient(narrow[0].dtype, *logits, rows_10N, *scratch)
+        for side in sides:
+            gradient_TN = scratch[side][: len(embeddings[0])]
+            if totals[side] is not None:
+                add_product(totals[side], gradient_TN, embeddings[side])
+            if others[side] is not None:
+                others[side][tile] = gradient_TN @ narrow[side].T
+            if others[2 + side] is not None:
+                others[2 + side][tile] = gradient_TN.sum(1)
+    return *(None if total is None else total.to(hidden[0].dtype) for total in totals), *others
