@@ -45,7 +45,8 @@ class Validator:
             at: the lens' step, for the scheduled loss weights and the noise.
 
         Returns:
-            the figures, ``val/...`` (the same on all ranks; ``val/loss_kl`` is the loss term, ``val/kl`` the figure), and sample explanations (``context``, ``explanation``, ``fve``) on rank 0.
+            the figures, ``val/...``, the same on all ranks (``val/loss_kl`` is the loss term, ``val/kl`` the figure), and sample
+            explanations (``context``, ``explanation``, ``fve``) on rank 0.
         """
         self.lens.eval()
         losses: dict[str, float] = {}
