@@ -45,7 +45,8 @@ class Validator:
             at: the lens' step, for the scheduled loss weights and the noise.
 
         Returns:
-            the figures, ``val/...`` (the same on all ranks), and sample explanations (``context``, ``explanation``, ``fve``) on rank 0.
+            the figures, ``val/...``, the same on all ranks (``val/loss_kl`` is the loss term, ``val/kl`` the figure), and sample
+            explanations (``context``, ``explanation``, ``fve``) on rank 0.
         """
         self.lens.eval()
         losses: dict[str, float] = {}
@@ -58,8 +59,9 @@ class Validator:
             samples += self._samples(batch, ids_BT, row_fve(rows)) if self.engine.is_main else []
         self.lens.train()
         rows = join(self.engine.gather(join(parts)))
-        result = self.engine.reduce_mean(losses) | figures(rows)
-        return {f"val/{name}": value for name, value in result.items()}, samples[: self.config.validation.num_examples]
+        measured = figures(rows)
+        terms = {f"loss_{name}" if name in measured else name: value for name, value in self.engine.reduce_mean(losses).items()}
+        return {f"val/{name}": value for name, value in (terms | measured).items()}, samples[: self.config.validation.num_examples]
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         size = max(2, self.config.batch_size // self.engine.world_size // 2 * 2)
