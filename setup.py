@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalens", "megalens.*"]),
-    package_data={"megalens.ops": ["*.cpp"]},
+    package_data={"megalens.ops": ["cpu/*"]},
     install_requires=REQUIRED,
     extras_require={"deepspeed": DEEPSPEED, "demo": DEMO, "dev": DEEPSPEED + DEMO + DEV},
 )

@@ -74,6 +74,21 @@ def test_tile_in_bfloat16_equals_the_exact_op_to_bfloat16_rounding(monkeypatch, 
         assert_same(my_grads["out"], exact_grads["out"], rel)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tau", "softcap", "tied", "bias"), SETTINGS)
+@pytest.mark.parametrize("D", [64, 70])
+def test_few_rows_have_products_of_their_own_with_the_same_result(monkeypatch, dtype, D, tau, softcap, tied, bias):
+    parts = heads(7, 4099, D, dtype)
+    exact, exact_grads = run("reference", {name: t.double() for name, t in parts.items()}, tau, softcap, tied, bias)
+    for few_rows in (0, 8):
+        monkeypatch.setattr("megalens.ops.gumbel_tile.FEW_ROWS", few_rows)
+        monkeypatch.setattr("megalens.ops.tile.product_dtype", lambda tensor: torch.float32)
+        mine, my_grads = run("tile", parts, tau, softcap, tied, bias)
+        assert torch.equal(mine.ids, exact.ids)
+        assert_same(mine.entropy, exact.entropy, 2e-6)
+        assert_same(my_grads["hidden"], exact_grads["hidden"], 2e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("wanted", [("hidden",), ("out",), ("in",), ("bias",), ("hidden", "in"), PARTS])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_go_where_they_are_wanted_and_nowhere_else(wanted, tied):

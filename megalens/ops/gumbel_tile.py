@@ -4,6 +4,9 @@ Forward: per tile the logits, folded into running statistics (online soft-max, M
 Backward: the tile's logits and noise again. With p = softmax((z + noise * g) / tau) and q = grad @ in_weight.T,
 ``dz = p * (q - sum(p * q)) / tau``; the sum is known only after the last tile, so ``p * q`` and ``p`` are both multiplied with
 the tile and put together at the end. A gradient of the weights needs the sum first, hence one more pass.
+
+A batch of few rows is bound by reading the embedding, and general matrix products are slow for it: there the products are in
+``cpu/few.h`` too, and the embedding is read once per direction, in its own dtype.
 """
 
 from __future__ import annotations
@@ -18,20 +21,35 @@ from megalens.ops.native import call
 from megalens.ops.noise import split_keys
 from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
 
+FEW_ROWS = 8
+STATE = 6  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
+
+
+def _few(hidden_BD: Tensor, *weights: Tensor) -> bool:
+    """Does ``cpu/few.h`` serve these?"""
+    return len(hidden_BD) <= FEW_ROWS and hidden_BD.dtype in (torch.float32, torch.bfloat16) and all(w.stride(1) == 1 for w in weights)
+
 
 def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
     """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
-    rows, hidden_DB = hidden_BD.shape[0], columns(hidden_BD)
-    keys_2B, bias_V = split_keys(keys_B), None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
-    state = torch.zeros(6, rows, dtype=torch.float64)  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
+    rows, keys_2B = hidden_BD.shape[0], split_keys(keys_B)
+    state = torch.zeros(STATE, rows, dtype=torch.float64)
     state[[0, 3]] = -torch.inf
     ids_B = torch.zeros(rows, dtype=torch.int64)
-    scratch_TB = hidden_DB.new_empty(tile_size(out_weight_VD), rows)
-    for tile, out_TD in tiles(out_weight_VD):
-        raw_TB = torch.mm(out_TD, hidden_DB, out=scratch_TB[: len(out_TD)])
-        bias_T = None if bias_V is None else bias_V[tile]
-        of_tile = (raw_TB, raw_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, len(raw_TB), rows)
-        call("gumbel_statistics", raw_TB.dtype, *of_tile, noise, 1 / tau, torch.get_num_threads(), state, ids_B)
+    noise_and_sharpness = noise, 1 / tau, torch.get_num_threads()
+    if _few(hidden_BD, out_weight_VD):
+        hidden, bias_V = hidden_BD.float().contiguous(), None if bias_V is None else bias_V.float().contiguous()
+        head = (out_weight_VD, out_weight_VD.stride(0), hidden, hidden.shape[1], bias_V, softcap or 0.0, keys_2B, len(out_weight_VD), rows)
+        call("gumbel_few_forward", out_weight_VD.dtype, *head, *noise_and_sharpness, state, ids_B)
+    else:
+        hidden_DB = columns(hidden_BD)
+        bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
+        scratch_TB = hidden_DB.new_empty(tile_size(out_weight_VD), rows)
+        for tile, out_TD in tiles(out_weight_VD):
+            raw_TB = torch.mm(out_TD, hidden_DB, out=scratch_TB[: len(out_TD)])
+            bias_T = None if bias_V is None else bias_V[tile]
+            of_tile = (raw_TB, raw_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, len(raw_TB), rows)
+            call("gumbel_statistics", raw_TB.dtype, *of_tile, *noise_and_sharpness, state, ids_B)
     top, mass, moment, noisy_top, noisy_mass, z_token = state
     lse_B = top + mass.log()
     scalars = z_token - lse_B, lse_B, lse_B - moment / mass, noisy_top / tau + noisy_mass.log()
@@ -48,7 +66,18 @@ def backward(
     (grad_BD, *grad_rows), (ids_B, embeds_BD, lse_B, entropy_B, noisy_lse_B) = grads, saved
     q_token_B = (grad_BD.to(lse_B.dtype) * embeds_BD.to(lse_B.dtype)).sum(-1)
     rows_7B = torch.stack([q_token_B, lse_B, noisy_lse_B, entropy_B, *grad_rows])
-    hidden_DB, grad_DB, keys_2B = columns(hidden_BD), columns(grad_BD), split_keys(keys_B)
+    keys_2B = split_keys(keys_B)
+    if _few(hidden_BD, out_weight_VD, in_weight_VD) and not weights:
+        hidden, grad = hidden_BD.float().contiguous(), grad_BD.float().contiguous()
+        total_MD = torch.zeros(2 * len(hidden), hidden.shape[1])
+        mean_B = torch.zeros(len(hidden), dtype=torch.float64)
+        sides = ((out_weight_VD, hidden), (in_weight_VD, grad))
+        head = [item for weight, left in sides for item in (weight, weight.stride(0), left, left.shape[1])]
+        bias = None if bias_V is None else bias_V.float().contiguous()
+        shape = softcap or 0.0, keys_2B, len(out_weight_VD), len(hidden), noise, 1 / tau
+        call("gumbel_few_backward", hidden_BD.dtype, *head, bias, *shape, rows_7B, ids_B, torch.get_num_threads(), total_MD, mean_B)
+        return put_together(total_MD, mean_B, hidden_BD.dtype), None, None
+    hidden_DB, grad_DB = columns(hidden_BD), columns(grad_BD)
     narrow_bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
 
     tied, both_DM = same_weight(out_weight_VD, in_weight_VD), torch.cat([hidden_DB, grad_DB], dim=1)
@@ -80,8 +109,7 @@ def assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights: bool) ->
         total_MD = torch.zeros(2 * len(lse_B), hidden_BD.shape[1], dtype=lse_B.dtype, device=lse_B.device)
         for _, out_TD, factors_TM in factors(mean_B):
             add_product(total_MD, factors_TM, out_TD)
-        gradient_BD, per_mean_BD = total_MD.chunk(2)
-        return (gradient_BD - mean_B[:, None].to(lse_B.dtype) * per_mean_BD).to(hidden_BD.dtype), None, None
+        return put_together(total_MD, mean_B, hidden_BD.dtype), None, None
 
     for _ in factors(mean_B):
         pass
@@ -95,3 +123,9 @@ def assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights: bool) ->
         if grad_bias_V is not None:
             grad_bias_V[tile] = gradient_TB.sum(1)
     return total_BD.to(hidden_BD.dtype), grad_weight_VD, grad_bias_V
+
+
+def put_together(total_MD: Tensor, mean_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the hidden states from both factors' products and the mean of q."""
+    gradient_BD, per_mean_BD = total_MD.chunk(2)
+    return (gradient_BD - mean_B[:, None].to(total_MD.dtype) * per_mean_BD).to(dtype)

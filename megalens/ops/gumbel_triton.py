@@ -4,7 +4,7 @@ Forward: one program per block of ids and rows computes its logits and their sta
 written. Backward: a program computes both products (logits, and gradient times input embedding), and writes the two factors of
 one chunk of ids, ``[T, 2B]``; torch multiplies them with the chunk's rows, as in gumbel_tile.py, whose docstring has the algebra.
 
-The noise is noise.py's: the same integer hash, then the same polynomials for its logarithms as tile.cpp. Widths of the products
+The noise is noise.py's: the same integer hash, then the same polynomials for its logarithms as cpu/lanes.h. Widths of the products
 are multiples of 16, as tensor cores want; shorter batches are masked. float32 is multiplied as float32 (no TF32).
 """
 

@@ -2,7 +2,7 @@
 
 Forward: per tile both sides' logits, folded into running sums of e_p, e_p * z_p, e_p * z_q and their mirror images.
 Backward: the tile's logits again; with all divergences known, the gradient of either side's logits needs no second pass.
-What lies between the products is ``tile.cpp`` on a CPU, and plain torch operations on a tile elsewhere.
+What lies between the products is ``cpu/tile.cpp`` on a CPU, and plain torch operations on a tile elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megalens.ops.tile import add_product, columns, same_weight, tile_size, tile
 
 
 def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> Iterator[tuple]:
-    """Each tile with its rows of the two embeddings and, as ``tile.cpp`` takes them, its logits, biases and soft-cap."""
+    """Each tile with its rows of the two embeddings and, as ``cpu/tile.cpp`` takes them, its logits, biases and soft-cap."""
     rows, tied = p_hidden_DN.shape[1], same_weight(p_weight_VD, q_weight_VD)
     both_DM = torch.cat([p_hidden_DN, q_hidden_DN], dim=1) if tied else None
     scratch_TM = p_hidden_DN.new_empty(tile_size(p_weight_VD), 2 * rows)
@@ -37,7 +37,7 @@ def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Is ``tile.cpp`` for this tensor?"""
+    """Is ``cpu/tile.cpp`` for this tensor?"""
     return tensor.device.type == "cpu"
 
 

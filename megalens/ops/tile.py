@@ -1,6 +1,6 @@
 """What the CPU tile versions share: the cut of the vocabulary, the products with a tile, and when tiles pay.
 
-The matrix products run on torch (MKL or oneDNN), everything between them in one pass of ``tile.cpp``.
+The matrix products run on torch (MKL or oneDNN), everything between them in one pass of ``cpu/tile.cpp``.
 
 Tiles lie transposed, ``[T, B]``: a slice of the embedding then enters the product as it lies in memory (a quarter faster than
 ``[B, T]`` on MKL), and sums over the vocabulary run down the lanes of a vector.
@@ -17,7 +17,7 @@ from megalens.ops.checks import OpError
 from megalens.ops.native import library
 
 NUM_TILES, MIN_TILE, MAX_TILE = 24, 1024, 8192  # the memory of a tile is a fixed part of a full row's; so is the cost of calls
-CAST_TILE = 512  # where the tile of the embedding itself must be widened, which costs more memory than its logits
+CAST_TILE = 256  # where the tile of the embedding itself must be widened, which costs more memory than its logits
 
 
 def tile_size(weight_VD: Tensor) -> int:
