@@ -13,7 +13,7 @@ from megalens.data.shards import REDUMP
 from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
-from megalens.lens.subject import load_tokenizer
+from megalens.lens.subject import check_model
 from megalens.resume import source_folder
 
 
@@ -34,7 +34,7 @@ def check_ready(config: Config) -> torch.device:
         ds_config.resolve(config, ranks)
     if config.init_from is not None and not _has_checkpoint(config):
         source_folder(config)
-    load_tokenizer(config)  # the cheapest part of the model that tells whether it is there
+    check_model(config)
     for split in ("train", "val"):
         wrong = dump.check(config, split)
         if wrong is not None:

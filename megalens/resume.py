@@ -121,7 +121,7 @@ def source_folder(config: Config) -> Path:
         if not (source / "lens.json").is_file():
             raise CheckpointError(f"init_from={source} is no checkpoint (it holds no lens.json); a run's best one is outputs/<run>/best")
         return source
-    folder = load_config([f"config={source}"]).run_dir / "best"
+    folder = load_config([f"config={source}", f"output_dir={config.output_dir}"]).run_dir / "best"
     if not (folder / "lens.json").is_file():
         mend = f"train it first: python megalens/train.py config={source}"
         raise CheckpointError(f"init_from={source}: its run has no checkpoint in {folder}; {mend}")
