@@ -80,7 +80,7 @@ class Dataset:
     val_split: str | None = setting(None, "a split for validation; null: val_fraction of the documents of split")
     text_column: str = setting("text", "the column that holds the text")
     val_fraction: float = setting(0.1, "share of documents held out when val_split is null")
-    split_seed: int = setting(42, "seed of that division by document")
+    split_seed: int = setting(42, "seed of that division by document, and of the positions and row order of the dump")
     max_documents: int | None = setting(None, "read only so many documents; null: all")
     min_words: int = setting(12, "documents with fewer words are dropped")
 

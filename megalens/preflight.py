@@ -13,6 +13,7 @@ from megalens.data.shards import REDUMP
 from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
+from megalens.lens.subject import check_model
 from megalens.resume import source_folder
 
 
@@ -27,13 +28,13 @@ def check_ready(config: Config) -> torch.device:
     if config.batch_size % ranks:
         raise EngineError(f"batch_size={config.batch_size} can not be shared by {ranks} processes; make it a multiple of {ranks}")
     if config.kl_base_weight and config.batch_size // ranks % 2:
-        raise EngineError(
-            f"batch_size={config.batch_size} gives {config.batch_size // ranks} samples to each of {ranks} processes; kl_base_weight needs an even number"
-        )
+        share = f"{config.batch_size // ranks} samples to each of {ranks} processes"
+        raise EngineError(f"batch_size={config.batch_size} gives {share}; kl_base_weight needs an even number")
     if config.deepspeed is not None:
         ds_config.resolve(config, ranks)
     if config.init_from is not None and not _has_checkpoint(config):
         source_folder(config)
+    check_model(config)
     for split in ("train", "val"):
         wrong = dump.check(config, split)
         if wrong is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megalens.config import Config, load_config
@@ -39,6 +41,18 @@ class Start:
     where: str = "fresh"
 
 
+def open_folder(config: Config, rank: int) -> RunFolder:
+    """The run's folder, tidied by rank 0 before any other rank looks; emptied of checkpoints when ``checkpoint.resume`` is off."""
+    folder = RunFolder(config.run_dir)
+    if rank == 0:
+        folder.tidy()
+        if not config.checkpoint.resume and folder.clear():
+            print(f"checkpoint.resume=false: the earlier checkpoints of {config.run_dir} are removed", file=sys.stderr)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
 def identity(config: Config, fingerprint: str, meta: dict) -> dict:
     """What must stay the same for a training to go on: the lens' shape, and what the order of samples hangs on.
 
@@ -67,7 +81,7 @@ def find_start(config: Config, run: RunFolder, reader, same: dict) -> Start:
     if config.checkpoint.resume and run.last is not None:
         return _resumed(run, same)
     if config.init_from is not None:
-        return _initialised(config, same["model_name"])
+        return _initialised(config, same["model_name"], len(reader.mean))
     return Start(Progress(), Statistics.of(reader))
 
 
@@ -78,21 +92,21 @@ def _resumed(run: RunFolder, same: dict) -> Start:
     changed = [key for key in same if saved["identity"].get(key) != same[key]]
     if changed:
         was = ", ".join(f"{key}={saved['identity'].get(key)} (now {same[key]})" for key in changed)
-        raise CheckpointError(
-            f"{run.folder} was begun with {was}; set them back, choose another run_name, or start anew with checkpoint.resume=false"
-        )
+        mend = "set it back, choose another run_name, or start anew with checkpoint.resume=false"
+        raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
     where = f"{run.last.name} of {run.folder}"
     return Start(Progress(**saved["progress"]), read_statistics(run.last), read_weights(run.last), run.last / "engine", where)
 
 
-def _initialised(config: Config, fingerprint: str) -> Start:
+def _initialised(config: Config, fingerprint: str, width: int) -> Start:
     folder = source_folder(config)
     about, statistics = read_about(folder), read_statistics(folder)
     check_subject(folder, fingerprint)
-    if about["subject"]["layer_l"] != config.layer_l:
-        raise CheckpointError(
-            f"init_from={config.init_from} is a lens of layer_l={about['subject']['layer_l']}, not of layer_l={config.layer_l}"
-        )
+    if about["width"] != width:
+        raise CheckpointError(f"init_from={config.init_from} is of another width: {about['width']}, the activations here are of {width}")
+    layer = about["subject"]["layer_l"]
+    if layer != config.layer_l:
+        raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={layer}, not of layer_l={config.layer_l}")
     return Start(Progress(), statistics, read_weights(folder), where=str(folder))
 
 
@@ -107,9 +121,8 @@ def source_folder(config: Config) -> Path:
         if not (source / "lens.json").is_file():
             raise CheckpointError(f"init_from={source} is no checkpoint (it holds no lens.json); a run's best one is outputs/<run>/best")
         return source
-    folder = load_config([f"config={source}"]).run_dir / "best"
+    folder = load_config([f"config={source}", f"output_dir={config.output_dir}"]).run_dir / "best"
     if not (folder / "lens.json").is_file():
-        raise CheckpointError(
-            f"init_from={source}: its run has no checkpoint in {folder}; train it first: python megalens/train.py config={source}"
-        )
+        mend = f"train it first: python megalens/train.py config={source}"
+        raise CheckpointError(f"init_from={source}: its run has no checkpoint in {folder}; {mend}")
     return folder

@@ -43,39 +43,25 @@ def main(arguments: list[str]) -> int:
 
 def train(config) -> int:
     """Build everything, train, close."""
-    import torch.distributed as dist
-
     from megalens.data.loader import ActivationLoader
-    from megalens.engine import build_engine
-    from megalens.engine.checkpoint import RunFolder
+    from megalens.engine import build_engine, rank_and_size
     from megalens.evaluate.metrics import Reference
     from megalens.lens.lens import build_lens
     from megalens.lens.subject import subject_fingerprint
-    from megalens.resume import find_start, identity
-    from megalens.track import Console, Curve, Tracker
+    from megalens.resume import find_start, identity, open_folder
     from megalens.trainer import Run, Trainer, clock_of, is_finished
     from megalens.validation import Validator
 
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    folder = RunFolder(config.run_dir)
-    if rank == 0:
-        folder.tidy()
-        if not config.checkpoint.resume and folder.clear():
-            print(f"checkpoint.resume=false: the earlier checkpoints of {config.run_dir} are removed", file=sys.stderr)
-    if world_size > 1:
-        dist.barrier()
-
+    rank, world_size = rank_and_size()
+    folder = open_folder(config, rank)
     loader = ActivationLoader(config.activation_dir("train"), config.batch_size, config.seed, rank, world_size)
     held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
-    same = identity(config, subject_fingerprint(config), loader.reader.meta)
     clock = clock_of(config, loader.steps_per_epoch)
+    same = identity(config, subject_fingerprint(config), loader.reader.meta)
     start = find_start(config, folder, loader.reader, same)
     if is_finished(start.progress, clock):
         if rank == 0:
-            print(
-                f"{config.run_dir} is finished: {start.progress.step} micro-steps; train longer (max_train_steps) or choose another run_name",
-                file=sys.stderr,
-            )
+            print(f"{config.run_dir} is finished: {clock.total_steps} micro-steps; max_train_steps trains it longer", file=sys.stderr)
         return 0
 
     lens = build_lens(config, start.statistics.mean, start.statistics.var)
@@ -84,29 +70,17 @@ def train(config) -> int:
     engine = build_engine(config, lens, lens.parameter_groups(), start.weights)
     if start.optimizer is not None:
         engine.load_state(start.optimizer)
-    run = Run(folder)
-    if engine.is_main:
-        run.curve = Curve(config.run_dir / "metrics.jsonl", start.progress.curve_lines)
-        run.tracker = Tracker(config, start.progress.wandb_run)
-        run.console = Console(config.run_name or "run", clock.total_steps, start.progress.step)
-        run.console.say(
-            f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps"
-        )
-        start.progress.wandb_run = run.tracker.run_id
     validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
-    trainer = Trainer(config, engine, lens, loader, validator, start.statistics, start.progress, same, run)
+    run = Run.open(config, folder, start.progress, clock) if engine.is_main else Run(folder)
+    run.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps")
     code = 1
     try:
-        stopped_by = trainer.fit()
+        stopped_by = Trainer(config, engine, lens, loader, validator, start.statistics, start.progress, same, run).fit()
         code = 128 + stopped_by if stopped_by else 0
+        end = "finished" if code == 0 else f"stopped by signal {stopped_by}, the same command goes on from here"
+        run.say(f"{end}: {config.run_dir}/last at micro-step {start.progress.step}")
     finally:
-        if engine.is_main:
-            run.console.close()
-            run.tracker.close(code)
-            run.curve.close()
-    if engine.is_main:
-        say = f"stopped by signal {stopped_by}; the same command goes on from here" if stopped_by else "finished"
-        print(f"{say}: {config.run_dir}/last at micro-step {start.progress.step}", file=sys.stderr)
+        run.close(code)
     engine.close()
     return code
 

@@ -37,7 +37,7 @@ class TrainingError(ValueError):
 class Progress:
     """Where a training stands; kept in a checkpoint's ``trainer.json``.
 
-    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` optimizer steps skipped for a non-finite gradient. ``best`` holds
+    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` the optimizer steps that were not finite. ``best`` holds
     ``[metric, checkpoint name]``, the best first. ``window`` sums the training figures since they were last logged.
     """
 
@@ -61,6 +61,37 @@ class Run:
     curve: Curve | None = None
     tracker: Tracker | None = None
     console: Console | None = None
+
+    @classmethod
+    def open(cls, config: Config, folder: RunFolder, progress: Progress, clock: Clock) -> Run:
+        """For rank 0: go on where ``progress`` stands."""
+        curve = Curve(config.run_dir / "metrics.jsonl", progress.curve_lines)
+        tracker = Tracker(config, progress.wandb_run)
+        progress.wandb_run = tracker.run_id
+        return cls(folder, curve, tracker, Console(config.run_dir.name, clock.total_steps, progress.step))
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Figures at a micro-step."""
+        if self.curve is not None:
+            self.curve.log(step, figures)
+            self.tracker.log(step, figures)
+
+    def show(self, step: int, **notes: float) -> None:
+        """Progress."""
+        if self.console is not None:
+            self.console.advance(step, **notes)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.console is not None and text:
+            self.console.say(text)
+
+    def close(self, exit_code: int) -> None:
+        """Finish what is written."""
+        if self.console is not None:
+            self.console.close()
+            self.tracker.close(exit_code)
+            self.curve.close()
 
 
 def clock_of(config: Config, steps_per_epoch: int) -> Clock:
@@ -137,7 +168,7 @@ class Trainer:
                 self._step(list(islice(batches, self.clock.steps_per_update)))
         batches.close()
         if not stop:
-            self._say(examples_table(self._examples))
+            self.run.say(examples_table(self._examples))
         return stop or None
 
     # ------------------------------------------------------------------------------------------------------------ steps
@@ -155,7 +186,7 @@ class Trainer:
                 self.progress.window[name] = self.progress.window.get(name, 0.0) + value
             self.progress.window_size += 1
         self._log_if_due(step)
-        self._show(loss=metrics["loss"])
+        self.run.show(self.progress.step, loss=metrics["loss"])
 
     def _at(self, step: int) -> Step:
         return Step(
@@ -168,9 +199,8 @@ class Trainer:
         p = self.progress
         p.skipped += 1
         p.skipped_in_a_row += 1
-        self._say(
-            f"warning: optimizer step {p.step // self.clock.steps_per_update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        )
+        update = p.step // self.clock.steps_per_update
+        self.run.say(f"warning: optimizer step {update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
         if p.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise TrainingError(
                 f"{SKIPS_IN_A_ROW} optimizer steps in a row had a loss or gradient that was not finite; "
@@ -194,7 +224,7 @@ class Trainer:
         }
         self._logged, self._since = p.step, now
         p.window, p.window_size = {}, 0
-        self._log(figures)
+        self.run.log(p.step, figures)
 
     # ------------------------------------------------------------------------------------------- validating and saving
 
@@ -208,10 +238,10 @@ class Trainer:
         figures, self._examples = self.validator(self._at(p.step))
         self._since += time.monotonic() - started
         p.validated = p.step
-        self._log(figures)
+        self.run.log(p.step, figures)
         if self.engine.is_main:
             self.run.tracker.examples(p.step, self._examples)
-        self._show(fve=figures.get("val/fve_nrm", math.nan))
+        self.run.show(p.step, fve=figures.get("val/fve_nrm", math.nan))
         return self._rank(figures)
 
     def _rank(self, figures: dict[str, float]) -> bool:
@@ -239,7 +269,8 @@ class Trainer:
         spoilt = first_not_finite(weights)
         if self.engine.any(spoilt is not None):
             raise TrainingError(
-                f"the weights are not finite at micro-step {p.step} ({spoilt}); they are not saved, the last checkpoint stays; lower learning_rate"
+                f"the weights are not finite at micro-step {p.step} ({spoilt}); they are not saved, the last checkpoint stays; "
+                "lower learning_rate"
             )
         p.saved, self._saved_validation = p.step, p.validated
         if self.engine.is_main:
@@ -261,21 +292,6 @@ class Trainer:
             save_json(folder / "trainer.json", state | {"world_size": self.engine.world_size})
 
         run.folder.write(run.folder.name(p.step), fill, [name for _, name in p.best])
-
-    # ------------------------------------------------------------------------------------------------------- telling
-
-    def _log(self, figures: dict[str, float]) -> None:
-        if self.engine.is_main:
-            self.run.curve.log(self.progress.step, figures)
-            self.run.tracker.log(self.progress.step, figures)
-
-    def _show(self, **notes: float) -> None:
-        if self.engine.is_main:
-            self.run.console.advance(self.progress.step, **notes)
-
-    def _say(self, text: str) -> None:
-        if self.engine.is_main and text:
-            self.run.console.say(text)
 
 
 def is_finished(progress: Progress, clock: Clock) -> bool:

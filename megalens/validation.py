@@ -1,4 +1,4 @@
-"""Measuring a lens on held-out rows while it trains: its loss terms, the figures of :mod:`megalens.evaluate.metrics`, and sample explanations."""
+"""Measuring a lens on held-out rows while it trains: loss terms, the figures of :mod:`megalens.evaluate.metrics`, sample explanations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Validator:
         loader: of the held-out dump.
         reference: statistics of the TRAINING activations.
 
-    The rows are the first ``validation.num_samples`` of the dump (shuffled when it was made), rounded down to what the ranks can share in pairs.
+    The rows are the first ``validation.num_samples`` of the dump (shuffled when it was made), rounded down to what the ranks can share in
+    pairs.
     """
 
     def __init__(self, engine: Engine, lens, loader, reference: Reference):
@@ -44,7 +45,8 @@ class Validator:
             at: the lens' step, for the scheduled loss weights and the noise.
 
         Returns:
-            the figures, ``val/...`` (the same on all ranks), and sample explanations (``context``, ``explanation``, ``fve``) on rank 0.
+            the figures, ``val/...``, the same on all ranks (``val/loss_kl`` is the loss term, ``val/kl`` the figure), and sample
+            explanations (``context``, ``explanation``, ``fve``) on rank 0.
         """
         self.lens.eval()
         losses: dict[str, float] = {}
@@ -57,8 +59,9 @@ class Validator:
             samples += self._samples(batch, ids_BT, row_fve(rows)) if self.engine.is_main else []
         self.lens.train()
         rows = join(self.engine.gather(join(parts)))
-        result = self.engine.reduce_mean(losses) | figures(rows)
-        return {f"val/{name}": value for name, value in result.items()}, samples[: self.config.validation.num_examples]
+        measured = figures(rows)
+        terms = {f"loss_{name}" if name in measured else name: value for name, value in self.engine.reduce_mean(losses).items()}
+        return {f"val/{name}": value for name, value in (terms | measured).items()}, samples[: self.config.validation.num_examples]
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         size = max(2, self.config.batch_size // self.engine.world_size // 2 * 2)
@@ -79,9 +82,8 @@ class Validator:
     def _samples(self, batch: dict[str, Tensor], ids_BT: Tensor, fve_B: np.ndarray) -> list[dict[str, Any]]:
         decode = self.lens.tokenizer.decode
         result = []
-        for ids_C, position, ids_T, fve in zip(
-            batch["input_ids"].tolist(), batch["position"].tolist(), ids_BT.tolist(), fve_B, strict=True
-        ):
+        contexts, positions = batch["input_ids"].tolist(), batch["position"].tolist()
+        for ids_C, position, ids_T, fve in zip(contexts, positions, ids_BT.tolist(), fve_B, strict=True):
             tail = ids_C[max(0, position + 1 - TAIL_TOKENS) : position + 1]
             result.append({"context": decode(tail), "explanation": decode(ids_T), "fve": float(fve)})
         return result

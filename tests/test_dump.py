@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import json
 import random
 import shutil
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from dumps import quick_processes
 from transformers import AutoModelForCausalLM
 
-from megalens.config import ConfigError, config_from_dict
+from megalens.config import Config, ConfigError, config_from_dict
 from megalens.data import DataError
 from megalens.data.dump import check, dump
 from megalens.data.files import ChecksumFile
@@ -178,6 +181,16 @@ def test_rows_are_shuffled(make_config):
     assert documents != sorted(documents)
 
 
+def test_every_key_and_column_is_in_the_formats_description(make_config):
+    config = make_config()
+    dump(config)
+    described = (Path(__file__).parents[1] / "docs/format.md").read_text()
+    reader = ShardReader(config.activation_dir("train"))
+    shard = pa.ipc.open_file(pa.memory_map(str(config.activation_dir("train") / "shard-00000.arrow")))
+    for name in [*json.loads((config.activation_dir("train") / "meta.json").read_text()), *shard.schema.names, *reader.meta["shards"][0]]:
+        assert f"`{name}`" in described, name
+
+
 # ------------------------------------------------------------------------------------------------------------- counts
 
 
@@ -316,47 +329,34 @@ def test_a_disk_that_fills_up_leaves_a_dump_that_goes_on(make_config, monkeypatc
 # ---------------------------------------------------------------------------------------------------- ranks and deaths
 
 
-def run_rank(settings: dict) -> None:
-    torch.set_num_threads(1)
-    dump(config_from_dict(settings))
-
-
-@pytest.fixture(scope="module")
-def forkserver():
-    """Processes that start within a moment: the imports are done once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalens.data.dump", "test_dump"])
-    return context
-
-
-def start(context, settings: dict, ranks: int) -> list:
-    processes = [context.Process(target=run_rank, args=(settings,)) for _ in range(ranks)]
+def start(config: Config, ranks: int) -> list:
+    processes = [quick_processes().Process(target=dump, args=(config,)) for _ in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, forkserver, ranks):
-    torch.set_num_threads(1)
-    alone, shared = (keys(place, tmp_path / name, rows_per_shard=10) for name in ["alone", "shared"])
-    dump(config_from_dict(alone))
-    processes = start(forkserver, shared, ranks)
+def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, ranks):
+    alone, shared = (config_from_dict(keys(place, tmp_path / name, rows_per_shard=10)) for name in ["alone", "shared"])
+    dump(alone)
+    processes = start(shared, ranks)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
-    assert contents(config_from_dict(shared)) == contents(config_from_dict(alone))
+    assert contents(shared) == contents(alone)
 
 
-def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path, forkserver):
-    torch.set_num_threads(1)
-    alone, killed = (keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4) for name in ["alone", "killed"])
-    dump(config_from_dict(alone))
-    folder = config_from_dict(killed).activation_dir("train")
+def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path):
+    alone, killed = (
+        config_from_dict(keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4)) for name in ["alone", "killed"]
+    )
+    dump(alone)
+    folder = killed.activation_dir("train")
     draw, halfway = random.Random(0), 0
     for _ in range(6):
         before = len(list(folder.glob("*.arrow")))
-        processes = start(forkserver, killed, draw.choice([1, 2, 3]))
+        processes = start(killed, draw.choice([1, 2, 3]))
         while len(list(folder.glob("*.arrow"))) == before and any(process.is_alive() for process in processes):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.3))
@@ -366,7 +366,7 @@ def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_p
             process.join()
         halfway += before < len(list(folder.glob("*.arrow"))) and not (folder / "meta.json").exists()
     assert halfway >= 2, "too few kills came in the middle"
-    (last,) = start(forkserver, killed, 1)
+    (last,) = start(killed, 1)
     last.join()
     assert last.exitcode == 0
-    assert contents(config_from_dict(killed)) == contents(config_from_dict(alone))
+    assert contents(killed) == contents(alone)

@@ -1,15 +1,22 @@
 """Engines move weights alike, skip what is not finite, and go on exactly from what they saved."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from megalens.config import Config, LrMultipliers
-from megalens.engine import EngineError, build_engine
+from megalens.engine import EngineError, build_engine, ds_config
 from megalens.engine.base import optimizer_groups
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -163,3 +170,126 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
 def test_training_nothing_is_refused():
     with pytest.raises(EngineError, match="nothing is trained"):
         build_engine(Config(device="cpu"), FakeLens(), {"prompts": {}})
+
+
+# ------------------------------------------------------------------------------------------------- every engine, 2 ranks
+
+ENGINES = ["None", "z1", "z2", "z3", "z3_offload"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Six updates of one process, by dtype."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import engine_ranks
+
+    result = {}
+    for dtype in ("fp32", "bf16"):
+        engine = engine_ranks.make_engine(None, dtype)
+        result[dtype] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(6)])
+    return result
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two ranks saw on every engine."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).parent / "engine_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(folder)]
+    root = script.parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "seen-2.json").read_text())
+
+
+def assert_same_training(one, other, rel, last=6):
+    for mine, theirs in zip(one["metrics"][-last:], other["metrics"][-last:], strict=True):
+        assert mine["skipped"] == theirs["skipped"]
+        if not mine["skipped"]:
+            assert mine == pytest.approx(theirs, rel=rel)
+    for name in NAMES:
+        torch.testing.assert_close(torch.tensor(one["weights"][name]), torch.tensor(other["weights"][name]), rtol=rel, atol=rel)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one_process_does(alone, together, engine):
+    """Also where a parameter gets a gradient in every other step only, and a loss is not finite on one rank of two."""
+    assert [m["skipped"] for m in together[f"fp32 {engine}"]["metrics"]] == [0, 0, 0, 1, 0, 0]
+    assert_same_training(together[f"fp32 {engine}"], alone["fp32"], 1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_on_two_ranks_trains_as_one_process_does(alone, together, engine):
+    assert_same_training(together[f"bf16 {engine}"], alone["bf16"], 1e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_one_engine_saved_another_goes_on_from(alone, together, engine):
+    following = ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
+    assert_same_training(together[f"{engine} then {following}"], alone["fp32"], 1e-5, last=3)
+
+
+# ------------------------------------------------------------------------------------------- DeepSpeed's configuration
+
+
+def ds_file(tmp_path, **changes):
+    path = tmp_path / "z.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **changes}))
+    return Config(deepspeed=str(path), batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1, grad_clip=0.5, dtype="fp32")
+
+
+def test_auto_is_what_the_configuration_says():
+    file = str(ROOT / "ds_configs" / "z3.json")
+    config = Config(deepspeed=file, batch_size=8, gradient_accumulation_steps=2, learning_rate=0.1, dtype="bf16")
+    resolved = ds_config.resolve(config, 4)
+    assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (16, 2, 2)
+    assert resolved["bf16"] == {"enabled": True}
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved["optimizer"]["params"] == {"lr": 0.1, "betas": [0.9, 0.95], "weight_decay": 0.0, "torch_adam": True}
+    assert resolved["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["z1", "z2", "z3", "z3_offload"])
+def test_every_file_of_ds_configs_resolves(name):
+    config = Config(deepspeed=str(ROOT / "ds_configs" / f"{name}.json"))
+    resolved = ds_config.resolve(config, 2)
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["zero_optimization"]["stage"] == ds_config.zero_stage(config) == int(name[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_clipping": 0.25}, r"gradient_clipping=0.25 contradicts grad_clip \(0.5\); write \"auto\" there"),
+        ({"train_batch_size": 8}, r"train_batch_size=8 contradicts batch_size \* gradient_accumulation_steps \(16\)"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled=True contradicts dtype=bf16 \(False\)"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.type=Adam must be AdamW"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, r"optimizer.params.lr=1 contradicts learning_rate \(0.1\)"),
+        ({"scheduler": {"type": "WarmupLR"}}, "take out the section scheduler; the setting is lr_scheduler"),
+        ({"fp16": {"enabled": True}}, r"take out the section fp16; the setting is dtype \(bf16 or fp32\)"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4 must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, r"zero_optimization.reduce_bucket_size can not be \"auto\""),
+    ],
+)
+def test_contradiction_is_refused_and_named(tmp_path, changes, message):
+    with pytest.raises(EngineError, match=message):
+        ds_config.resolve(ds_file(tmp_path, **changes), 2)
+
+
+def test_equal_value_is_no_contradiction_and_fp16_may_be_off(tmp_path):
+    config = ds_file(tmp_path, gradient_clipping=0.5, fp16={"enabled": False}, train_batch_size="auto")
+    assert ds_config.resolve(config, 2)["gradient_clipping"] == 0.5
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(EngineError, match=r"z9.json does not exist; there are: .*z3_offload.json"):
+        ds_config.resolve(Config(deepspeed=str(ROOT / "ds_configs" / "z9.json")), 1)
+    (tmp_path / "z.json").write_text("{")
+    with pytest.raises(EngineError, match="no valid JSON"):
+        ds_config.resolve(Config(deepspeed=str(tmp_path / "z.json")), 1)
+
+
+def test_stage_0_shards_nothing_and_is_the_local_engine(tmp_path):
+    config = ds_file(tmp_path, zero_optimization={"stage": 0})
+    module = FakeLens()
+    assert type(build_engine(config, module, module.parameter_groups())).__name__ == "LocalEngine"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +15,10 @@ import pytest
 import torch
 from dumps import D, header, make_dump, make_rows
 
+from megalens.config import ConfigError
 from megalens.data import DataError
-from megalens.data.shards import Moments, ShardReader, ShardWriter, discard, read_meta, verify
+from megalens.data.moments import Moments
+from megalens.data.shards import ShardReader, ShardWriter, discard, read_meta, verify
 
 
 def read_all(folder) -> dict[str, torch.Tensor]:
@@ -245,3 +249,17 @@ def test_meta_json_is_plain_json(tmp_path):
     assert [shard["rows"] for shard in meta["shards"]] == [100, 100, 50]
     assert len(meta["mean"]) == len(meta["variance"]) == D
     assert list(meta)[-1] == "checksum"
+
+
+def test_the_tool_prints_what_is_wrong_and_exits_with_1(tmp_path, capsys):
+    verify_shards = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "verify_shards.py"))["main"]
+    make_dump(tmp_path / "good"), make_dump(tmp_path / "bad")
+    (tmp_path / "bad/shard-00001.arrow").unlink()
+    assert verify_shards([str(tmp_path / name) for name in ["good", "bad", "none"]]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "WRONG", "WRONG"]
+    assert "250 rows in 3 shards" in lines[0]
+    assert "shard-00001.arrow is missing" in lines[1]
+    assert verify_shards([str(tmp_path / "good")]) == 0
+    with pytest.raises(ConfigError, match="name the folders"):
+        verify_shards([])

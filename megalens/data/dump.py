@@ -83,11 +83,11 @@ def check(config: Config, split: str) -> str | None:
         "dataset": dataset_identity(config, source_may_be_gone=True),
     }
     for key, value in wanted.items():
-        if difference := first_difference(meta[key], value):
+        if difference := first_difference(meta.get(key), value):
             return f"the dump in {folder} has another {key} ({difference})"
     if (meta["encoding"] == "fp32") != (want.encoding == "fp32"):
         return f"the dump in {folder} has another precision (encoding: {meta['encoding']} there, {want.encoding} now)"
-    rows = meta["rows_available"] if _asked(config, split) is None else _asked(config, split)
+    rows = meta.get("rows_available") if _asked(config, split) is None else _asked(config, split)
     if meta["rows"] != rows:
         return f"the dump in {folder} holds {meta['rows']} rows, and {_key(split)} asks for {rows}"
     problems = (file_problem(folder / shard["file"], shard["bytes"]) for shard in meta["shards"])

@@ -7,14 +7,12 @@ A folder is written by any number of processes (:class:`ShardWriter`), each shar
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,60 +24,12 @@ from torch import Tensor
 from megalens.data import DataError
 from megalens.data.encoding import activation_fields, decode_activation, encode_activation
 from megalens.data.files import Lock, checksum_of, new_file
+from megalens.data.moments import Moments
 
 FORMAT = "megalens-activations"
 VERSION = 1
 REDUMP = "make it anew: python tools/dump_acts.py config=... force_redump=true"
 _OPEN_SHARDS = 64
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-@dataclass
-class Moments:
-    """Sums over rows, in float64. Those of a union are the sum of the parts', so any number of writers merges exactly.
-
-    Args:
-        count: rows.
-        total_D: sum of the activations.
-        squares_D: sum of their squares.
-        units_D: sum of the activations divided by their norms.
-    """
-
-    count: int
-    total_D: np.ndarray
-    squares_D: np.ndarray
-    units_D: np.ndarray
-
-    @classmethod
-    def of(cls, a_ND: Tensor) -> Moments:
-        """Of some rows."""
-        a_ND = a_ND.float().numpy().astype(np.float64)
-        squares_ND = a_ND * a_ND
-        norm_N1 = np.sqrt(squares_ND.sum(1, keepdims=True))
-        return cls(len(a_ND), a_ND.sum(0), squares_ND.sum(0), (a_ND / np.where(norm_N1 > 0, norm_N1, 1)).sum(0))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count, self.total_D + other.total_D, self.squares_D + other.squares_D, self.units_D + other.units_D
-        )
-
-    def summary(self) -> dict[str, list[float]]:
-        """``mean`` and ``variance`` per dimension, and ``mean_normalised``, the mean of the unit-length activations."""
-        mean_D = self.total_D / self.count
-        variance_D = np.maximum(self.squares_D / self.count - mean_D**2, 0)
-        return {"mean": mean_D.tolist(), "variance": variance_D.tolist(), "mean_normalised": (self.units_D / self.count).tolist()}
-
-    def to_json(self) -> dict:
-        """The count and the sums' bits."""
-        sums_3D = np.stack([self.total_D, self.squares_D, self.units_D])
-        return {"count": self.count, "sums": base64.b64encode(sums_3D.tobytes()).decode()}
-
-    @classmethod
-    def from_json(cls, values: dict) -> Moments:
-        """What :meth:`to_json` gave."""
-        return cls(values["count"], *np.frombuffer(base64.b64decode(values["sums"])).reshape(3, -1))
 
 
 # ------------------------------------------------------------------------------------------------------------ meta.json
@@ -132,8 +82,9 @@ class ShardWriter:
 
     Args:
         folder: the dump's folder.
-        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type`` (``uint16``
-            or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work on one dump.
+        header: everything of ``meta.json`` that is known beforehand. It must hold ``d``, ``layer``, ``encoding``, ``token_type``
+            (``uint16`` or ``int32``), ``seq_len``, ``rows``, ``rows_per_shard`` and ``rows_per_batch``. Writers with equal headers work
+            on one dump.
     """
 
     def __init__(self, folder: str | Path, header: dict):
@@ -198,8 +149,8 @@ class ShardWriter:
 
         Args:
             index: which one.
-            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is that
-                of :meth:`shard_rows`.
+            rows: ``activation [N, d]``, ``input_ids [N, C]`` (tokens 0 to ``position`` are kept), ``position [N]``, ``doc_id [N]``; N is
+                that of :meth:`shard_rows`.
 
         Raises:
             DataError: an activation is not finite, or the disk is full.

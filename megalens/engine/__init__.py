@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalens.engine.base import Engine, EngineError, Groups, join_ranks, leave_ranks
+from megalens.engine.base import Engine, EngineError, Groups, join_ranks, leave_ranks, rank_and_size
 
-__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks"]
+__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks", "rank_and_size"]
 
 
 def build_engine(config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:

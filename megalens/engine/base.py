@@ -39,6 +39,11 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Engine(ABC):
     """One optimizer over a module's trainable parameters.
 
@@ -51,8 +56,7 @@ class Engine(ABC):
     def __init__(self, config, module: nn.Module, groups: Groups):
         self.config, self.module = config, module
         self.device = next(module.parameters()).device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world_size = rank_and_size()
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
         if not self.parameters:
             raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
@@ -74,8 +78,8 @@ class Engine(ABC):
             lr_factor: multiplier of every learning rate.
 
         Returns:
-            the module's scalars averaged over ranks and micro-batches, ``grad_norm`` (before clipping) and ``skipped``: 1 when the loss or a
-            gradient of any rank was not finite, in which case no rank has changed a weight.
+            the module's scalars averaged over ranks and micro-batches, ``grad_norm`` (before clipping) and ``skipped``: 1 when the
+            loss or a gradient of any rank was not finite, in which case no rank has changed a weight.
         """
 
     @abstractmethod
@@ -121,7 +125,7 @@ class Engine(ABC):
         """Wait until every rank is here."""
         self.any(False)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most engines have nothing to do)
         """Finish; the engine is of no use afterwards."""
 
     def _sum(self, values: Tensor) -> None:

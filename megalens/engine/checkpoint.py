@@ -91,9 +91,8 @@ def read_about(folder: str | Path) -> dict:
         raise CheckpointError(f"{folder} is no checkpoint: it holds no lens.json; a run's best one is outputs/<run>/best")
     about = read_json(path)
     if (about.get("format"), about.get("format_version")) != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path} is of format {about.get('format')} version {about.get('format_version')}, not {FORMAT} version {VERSION}"
-        )
+        found = f"{about.get('format')} version {about.get('format_version')}"
+        raise CheckpointError(f"{path} is of format {found}, not {FORMAT} version {VERSION}")
     return about
 
 
@@ -120,9 +119,8 @@ def check_subject(folder: str | Path, fingerprint: str) -> None:
     """
     subject = read_about(folder)["subject"]
     if subject["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{folder} is a lens of {subject['model_name']} with weights {subject['fingerprint']}, not of these ({fingerprint})"
-        )
+        found = f"{subject['model_name']} with weights {subject['fingerprint']}"
+        raise CheckpointError(f"{folder} is a lens of {found}, not of these ({fingerprint})")
 
 
 def load_lens(folder: str | Path, **changes: Any):

@@ -78,18 +78,18 @@ class LocalEngine(Engine):
 
     def save_state(self, folder: Path) -> None:
         if self.is_main:
-            state = self.optimizer.state
-            moments = {
-                n: {key: state[p][key].cpu() if state[p] else torch.zeros(p.shape) for key in MOMENTS} for n, p in self.masters.items()
-            }
-            steps = next((s["step"].item() for s in state.values() if s), 0.0)
-            save_adam_state(folder, steps, moments.items())
+            steps = next((state["step"].item() for state in self.optimizer.state.values()), 0.0)
+            save_adam_state(folder, steps, ((name, self._moments(master)) for name, master in self.masters.items()))
 
     def load_state(self, folder: Path) -> None:
         saved = AdamState(folder, {name: p.shape for name, p in self.masters.items()})
         for name, master in self.masters.items():
             moments = {key: value.to(self.device) for key, value in saved.moments(name).items()}
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=self.device), **moments}
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(master)
+        return {key: state[key].cpu() if state else torch.zeros(master.shape) for key in MOMENTS}
 
     def _same_start(self) -> None:
         """Rank 0's values on every rank, and the module's own parameters rounded from the masters."""

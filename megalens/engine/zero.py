@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ class ZeroEngine(Engine):
         on_gpu = next(module.parameters()).device.type == "cuda"
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not dist.is_initialized():  # without a launcher: a group of one
             dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         super().__init__(config, module, groups)
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(on_gpu)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
             model_parameters=optimizer_groups(config, groups),
@@ -155,17 +157,17 @@ class ZeroEngine(Engine):
         )
 
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
-        if self._is_stage_3:  # the setter of whole values can not pad a parameter that the ranks do not divide
+        set_parameter, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if self._is_stage_3:  # whose setters of whole values can not pad a parameter that the ranks do not divide
+            set_parameter, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
             share = parameter.ds_tensor.numel()
             padded = torch.zeros(share * self.world_size, device=self.device)
             padded[: value.numel()] = value.flatten()
-            value, whole = padded[share * self.rank : share * (self.rank + 1)], (safe_set_local_fp32_param, safe_set_local_optimizer_state)
-        else:
-            whole = (safe_set_full_fp32_param, safe_set_full_optimizer_state)
+            value = padded[share * self.rank : share * (self.rank + 1)]
         if key is None:
-            whole[0](parameter, value)
+            set_parameter(parameter, value)
         else:
-            whole[1](parameter, value, key)
+            set_moment(parameter, value, key)
 
 
 def _gathered(parameter: nn.Parameter):
@@ -176,9 +178,14 @@ def _gathered(parameter: nn.Parameter):
     return GatheredParameters([parameter])
 
 
-def _import_deepspeed():
-    """DeepSpeed with its chatter turned off."""
+def _import_deepspeed(on_gpu: bool):
+    """DeepSpeed without its chatter and, on a CPU, without its shared-memory collectives: gloo's serve, and nothing has to be compiled."""
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not on_gpu:
+        from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     return deepspeed

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
@@ -125,13 +126,10 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
     Raises:
         ConfigError: no such model, or ``layer_l`` is not a block of it.
     """
-    from transformers import AutoModelForCausalLM
-
-    settings = _load_model_config(config)
-    _check_layer(config, settings)
+    settings = check_model(config)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
     options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention, "use_safetensors": True}
-    model = _from_pretrained(AutoModelForCausalLM, config, config=settings, **options)
+    model = _from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, **options)
     lm = CausalLM(model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
@@ -140,9 +138,7 @@ def load_subject(config: Config, upto_block: int | None = None) -> Subject:
 
 def load_tokenizer(config: Config):
     """The subject's tokenizer (or ``tokenizer_name``'s)."""
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
+    return _from_pretrained(transformers.AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -167,6 +163,7 @@ def subject_fingerprint(config: Config) -> str:
 
 
 def _model_folder(config: Config) -> Path:
+    _check_folder(config.model_name)
     if os.path.isdir(config.model_name):
         return Path(config.model_name)
     from transformers.utils import cached_file
@@ -174,31 +171,37 @@ def _model_folder(config: Config) -> Path:
     return Path(cached_file(config.model_name, "config.json")).parent
 
 
-def _load_model_config(config: Config):
-    from transformers import AutoConfig
+def check_model(config: Config):
+    """The model's settings, read without its weights.
 
-    return _from_pretrained(AutoConfig, config)
-
-
-def _check_layer(config: Config, settings) -> None:
+    Raises:
+        ConfigError: no such model, or ``layer_l`` is not a block of it.
+    """
+    settings = _from_pretrained(transformers.AutoConfig, config)
     blocks = settings.num_hidden_layers
     if config.layer_l >= blocks:
         raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
+    return settings
 
 
 def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
     name = name or settings.model_name
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-        mend = (
-            "; `make demo` or python tools/prepare_demo.py makes it"
-            if "SmolLM2" in name
-            else "; python tools/make_tiny.py makes it"
-            if "tiny" in name
-            else ""
-        )
-        raise ConfigError(f"model folder {name} does not exist{mend}")
+    _check_folder(name)
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # a bar over weight tensors tells a user nothing
     try:
         return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"can not load {name}: {reason}") from None
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _check_folder(name: str) -> None:
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
+        maker = {"SmolLM2-135M-Instruct": "prepare_demo", "tiny-llama": "make_tiny"}.get(Path(name).name)
+        raise ConfigError(f"model folder {name} does not exist" + (f"; python tools/{maker}.py makes it" if maker else "; set model_name"))

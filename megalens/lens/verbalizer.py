@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class StandardisedLinear(nn.Module):
         return self.offset + self.scale * z.to(wide.dtype)
 
 
-@dataclass
-class Text:
+class Text(NamedTuple):
     """What a decode gives: ids ``[B, T]``, embeddings ``[B, T, D]`` (straight-through), the normed hidden states each token was drawn
     from ``[B, T, D]``, and log-probability and entropy of each draw ``[B, T]``, in nats."""
 

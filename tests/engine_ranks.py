@@ -1,0 +1,93 @@
+"""Run under torchrun by test_engine.py: the same training on every engine, on this many ranks; rank 0 writes what it saw as JSON.
+
+torchrun --nproc_per_node 2 tests/engine_ranks.py FOLDER
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from test_engine import NAMES, At, FakeLens, make_batch
+
+from megalens.config import Config
+from megalens.engine import build_engine, join_ranks, leave_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [None, "z1", "z2", "z3", "z3_offload"]
+SPOILT = 3  # this update has a loss that is not finite on one rank
+
+
+def make_engine(stage, dtype, weights=None):
+    torch.manual_seed(0)
+    module = FakeLens(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    file = stage and str(ROOT / "ds_configs" / f"{stage}.json")
+    config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2, deepspeed=file)
+    config.learning_rate, config.weight_decay = 0.01, 0.1
+    if weights:
+        with torch.no_grad():
+            for name, value in weights.items():
+                dict(module.named_parameters())[name].copy_(value)
+    return build_engine(config, module, module.parameter_groups(), weights)
+
+
+def share(batch, engine):
+    rows = 8 // engine.world_size
+    return {name: value[engine.rank * rows : (engine.rank + 1) * rows] for name, value in batch.items()}
+
+
+def step(engine, update):
+    spoil = [0.0] * 7 + [math.nan if update == SPOILT else 0.0]  # only the last rank sees it
+    batches = [make_batch(2 * update + i, 8) | {"spoil": torch.tensor(spoil)} for i in range(2)]
+    return engine.train_step([share(batch, engine) for batch in batches], At(update), 0.5)
+
+
+def run(stage, dtype, folder):
+    """Six updates; after the third, the state is saved for :func:`go_on`."""
+    engine, metrics = make_engine(stage, dtype), []
+    for update in range(6):
+        if update == 3:
+            saved = engine.full_state(NAMES)
+            engine.save_state(folder)
+            engine.barrier()
+        metrics.append(step(engine, update))
+    return finish(engine, metrics), (saved if engine.is_main else None)
+
+
+def go_on(stage, dtype, folder, weights):
+    """The last three updates, from what another engine saved."""
+    engine = make_engine(stage, dtype, weights)
+    engine.load_state(folder)
+    return finish(engine, [step(engine, update) for update in range(3, 6)])
+
+
+def finish(engine, metrics):
+    weights = {name: value.tolist() for name, value in engine.full_state(NAMES).items()}
+    engine.close()
+    return {"metrics": metrics, "weights": weights}
+
+
+def main(folder: Path) -> None:
+    join_ranks(torch.device("cpu"))
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    seen = {}
+    for dtype in ("fp32", "bf16"):
+        for stage in STAGES:
+            place = folder / f"{dtype}-{stage}-{world}"
+            place.mkdir(exist_ok=True)
+            seen[f"{dtype} {stage}"], weights = run(stage, dtype, place)
+            if dtype == "fp32":
+                weights = [weights]
+                if world > 1:
+                    torch.distributed.broadcast_object_list(weights)
+                following = STAGES[(STAGES.index(stage) + 1) % len(STAGES)]
+                seen[f"{stage} then {following}"] = go_on(following, dtype, place, weights[0])
+    if rank == 0:
+        (folder / f"seen-{world}.json").write_text(json.dumps(seen))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

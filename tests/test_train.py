@@ -1,0 +1,289 @@
+"""The command itself: by path, under the launchers, killed and called again, and what it refuses."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalens import cli
+from megalens.track import read_curve
+from megalens.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = [sys.executable, "megalens/train.py"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+ALL_TERMS = ["kl_base_weight=1", "lm_base_weight=1", "tail_say_weight=1", "tail_read_weight=1", "entropy_weight=0.01"]
+TEN_STEPS = ["max_train_steps=10s", "checkpoint.save_interval=3s", "validation.interval=5s"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_data):
+    """A user's folder in which conf/tiny.yaml's activations are dumped."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("megalens", "tools", "conf", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data").mkdir()
+    for name in ("models", "corpus"):
+        (folder / "data" / name).symlink_to(tiny_data / name)
+    sharded = json.loads((ROOT / "ds_configs" / "z3.json").read_text())
+    sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything in shards, however small
+    (folder / "sharded.json").write_text(json.dumps(sharded))
+    for tool in ("pretokenize.py", "dump_acts.py"):
+        run(folder, [sys.executable, f"tools/{tool}", "config=conf/tiny.yaml"])
+    return folder
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if more.pop("installed", True) else ""} | more
+
+
+def run(folder, command, code=0, **options):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**options))
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def train(folder, *arguments, code=0, launcher=(), **options):
+    command = [*TRAIN, *arguments] if not launcher else [*launcher, "megalens/train.py", *arguments]
+    return run(folder, command, code, **options)
+
+
+def refused(folder, *arguments, **options):
+    """The one line of an error, of a command."""
+    done = train(folder, *arguments, code=1, **options)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr or "launcher" in options  # torchrun adds its own
+    return lines[0]
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    """The command without a new process: what it prints on stderr, or the error it would print."""
+    monkeypatch.chdir(place)
+
+    def call(*arguments):
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            try:
+                assert main(list(arguments)) == 0
+            except (ValueError, OSError) as error:
+                assert cli._is_expected(error), error
+                return cli._one_line(error)
+        return printed.getvalue()
+
+    return call
+
+
+def curve(folder, name):
+    lines = read_curve(folder / "outputs" / name / "metrics.jsonl")
+    return [{figure: value for figure, value in line.items() if not figure.startswith("perf/")} for line in lines]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def killed_at(folder, command, name, step, number=signal.SIGKILL):
+    """Start a training, and send its whole process group a signal as soon as its curve has reached a micro-step."""
+    path = folder / "outputs" / name / "metrics.jsonl"
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None:
+            lines = path.read_text().splitlines() if path.exists() else []
+            if lines and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"] >= step:
+                os.killpg(process.pid, number)
+                break
+            time.sleep(0.01)
+        return process.wait()
+
+
+# ------------------------------------------------------------------------------------------------------------- the way
+
+
+def test_by_path_without_an_installation_no_package_is_shadowed(place):
+    """megalens/ stands first on sys.path then, with folders called data and ops and modules called track and config in it."""
+    done = train(place, "config=conf/tiny.yaml", "run_name=by-path", "max_train_steps=2s", installed=False)
+    assert "finished: outputs/by-path/last at micro-step 2" in done.stderr
+    assert "training outputs/by-path from fresh on 1 x cpu" in done.stderr
+    assert re.search(r"fve +-?\d+\.\d\d +\.\.\..* -> ", done.stderr), "sample explanations are shown at the end"
+
+
+def test_help_needs_neither_torch_nor_a_configuration():
+    done = run(ROOT, [sys.executable, "-X", "importtime", "megalens/train.py", "--help"], installed=False)
+    assert "torchrun --nproc_per_node 2 megalens/train.py" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "deepspeed", "transformers", "wandb"}
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    train(place, "config=conf/tiny.yaml", "run_name=alone", *ALL_TERMS, *TEN_STEPS)
+    return curve(place, "alone")
+
+
+def assert_same_losses(mine, theirs):
+    assert [line.keys() for line in mine] == [line.keys() for line in theirs]
+    losses = {"train/loss", "train/mse", "train/kl", "train/lm", "train/tail_say", "train/tail_read", "val/loss"}
+    for one, other in zip(mine, theirs, strict=True):
+        for name in losses & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+    assert sum("train/loss" in line for line in mine) == 10, "ten optimizer steps"
+
+
+def test_torchrun_on_two_ranks_computes_the_same_run(place, alone):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train(place, "config=conf/tiny.yaml", "run_name=torchrun", *ALL_TERMS, *TEN_STEPS, launcher=launcher)
+    assert_same_losses(curve(place, "torchrun"), alone)
+
+
+def test_zero_3_on_two_ranks_computes_the_same_run_killed_and_resumed(place, alone):
+    def command():
+        arguments = ["--deepspeed", "sharded.json", "config=conf/tiny.yaml", "run_name=zero", *ALL_TERMS, *TEN_STEPS]
+        return [*DEEPSPEED, "--master_port", str(free_port()), "megalens/train.py", *arguments]
+
+    assert killed_at(place, command(), "zero", step=5) == -signal.SIGKILL
+    done = run(place, command())
+    assert re.search(r"training outputs/zero from step-0000000\d of outputs/zero on 2 x cpu", done.stderr)
+    assert_same_losses(curve(place, "zero"), alone)
+    mine, theirs = (load_file(place / "outputs" / name / "last" / "lens.safetensors") for name in ("zero", "alone"))
+    assert mine.keys() == theirs.keys()
+    assert all((mine[name] - theirs[name]).abs().max() < 1e-3 for name in mine)
+
+
+def test_zero_engine_in_one_process_needs_no_launcher(place, alone):
+    arguments = ["config=conf/tiny.yaml", "deepspeed=ds_configs/z2.json", "run_name=zero-alone", *ALL_TERMS, *TEN_STEPS]
+    train(place, *arguments)
+    assert_same_losses(curve(place, "zero-alone"), alone)
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_at_a_random_moment_and_called_again_it_is_bitwise_the_same(place, alone, attempt):
+    arguments = ["config=conf/tiny.yaml", f"run_name=killed-{attempt}", *ALL_TERMS, *TEN_STEPS]
+    killed_at(place, [*TRAIN, *arguments], f"killed-{attempt}", step=random.Random(attempt).randrange(0, 9))
+    train(place, *arguments)
+    assert curve(place, f"killed-{attempt}") == alone
+    mine, theirs = (load_file(place / "outputs" / name / "last" / "lens.safetensors") for name in (f"killed-{attempt}", "alone"))
+    assert all(bool((mine[name] == theirs[name]).all()) for name in theirs)
+    names = {path.name for path in (place / "outputs" / f"killed-{attempt}" / "checkpoints").iterdir()}
+    assert names == {path.name for path in (place / "outputs" / "alone" / "checkpoints").iterdir()}
+
+
+def test_signal_ends_it_with_its_own_code_and_the_same_command_goes_on(place, here):
+    arguments = ["config=conf/tiny.yaml", "run_name=signal", "max_train_steps=500s", "checkpoint.save_interval=500s"]
+    assert killed_at(place, [*TRAIN, *arguments], "signal", 3, signal.SIGTERM) == 128 + signal.SIGTERM
+    step = json.loads((place / "outputs" / "signal" / "last" / "trainer.json").read_text())["progress"]["step"]
+    assert 3 <= step < 500
+    assert f"from step-{step:08d}" in here(*arguments[:2], f"max_train_steps={step + 1}s")
+
+
+def test_lens_to_start_from_that_is_not_trained_yet_names_the_command(here):
+    line = here("config=conf/tiny_from_warmstart.yaml", "init_from=conf/tiny_from_warmstart.yaml", "run_name=none")
+    assert "train it first: python megalens/train.py config=conf/tiny_from_warmstart.yaml" in line
+
+
+def test_a_run_starts_from_another_runs_lens(here):
+    here("config=conf/tiny_warmstart.yaml", "max_train_steps=4s")
+    printed = here("config=conf/tiny.yaml", "run_name=warm", "init_from=conf/tiny_warmstart.yaml", "max_train_steps=2s")
+    assert "training outputs/warm from outputs/tiny_warmstart/best" in printed
+
+
+def test_starting_anew_removes_the_earlier_checkpoints_and_says_so(place, here):
+    here("config=conf/tiny.yaml", "run_name=anew", "max_train_steps=4s")
+    printed = here("config=conf/tiny.yaml", "run_name=anew", "max_train_steps=2s", "checkpoint.resume=false")
+    assert "the earlier checkpoints of outputs/anew are removed" in printed
+    assert {line["step"] for line in curve(place, "anew")} == {0, 1, 2}
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_error_of_the_command_is_one_line_and_exit_code_1(place):
+    assert "did you mean 'learning_rate'?" in refused(place, "config=conf/tiny.yaml", "learning_rat=1")
+
+
+def test_what_it_refuses_each_in_one_line(here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny = "config=conf/tiny.yaml"
+    assert "did you mean 'learning_rate'?" in here(tiny, "learning_rat=1")
+    assert "learning_rate= is empty" in here(tiny, "learning_rate=")
+    assert "tools/dump_acts.py" in here(tiny, "layer_l=1")
+    assert "layer" in here(tiny, "layer_l=9")
+    assert "no/model" in here(tiny, "model_name=./no/model")
+    assert "device=cuda, but PyTorch sees no GPU" in here(tiny, "device=cuda")
+    assert "min_pos" in here(tiny, "activation_dumper.min_pos=5")
+    assert "ds_configs/z3.json" in here(tiny, "--deepspeed", "ds_configs/z9.json")
+    assert "init_from=nowhere is no checkpoint" in here(tiny, "init_from=nowhere", "run_name=init")
+    assert "less than one optimizer step" in here(tiny, "max_train_steps=1s", "gradient_accumulation_steps=4", "run_name=short")
+    assert "lower batch_size" in here(tiny, "batch_size=100000", "run_name=large")
+
+
+def test_batch_that_the_ranks_can_not_share_is_refused_once(place):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert "batch_size=7 can not be shared by 2 processes" in refused(place, "config=conf/tiny.yaml", "batch_size=7", launcher=launcher)
+    odd = refused(place, "config=conf/tiny.yaml", "batch_size=6", "kl_base_weight=1", launcher=launcher)
+    assert "kl_base_weight needs an even number" in odd
+
+
+def test_resume_under_settings_that_change_the_lens_names_the_keys(place, here):
+    arguments = ["config=conf/tiny.yaml", "run_name=changed", "max_train_steps=2s"]
+    here(*arguments)
+    line = here(*arguments, "lora.r=8", "t_text=5")
+    assert "lora.r=4 (now 8)" in line
+    assert "t_text=4 (now 5)" in line
+    assert "checkpoint.resume=false" in line
+    assert "of another width" in here("config=conf/tiny.yaml", "run_name=other-width", f"init_from={narrow_checkpoint(place)}")
+
+
+def narrow_checkpoint(place):
+    """A checkpoint that says it is of the same subject and is not."""
+    from safetensors.torch import save_file
+
+    folder = place / "narrow"
+    subprocess.run(["cp", "-rL", str(place / "outputs" / "changed" / "last"), str(folder)], check=True)
+    about = json.loads((folder / "lens.json").read_text())
+    (folder / "lens.json").write_text(json.dumps(about | {"width": 32}))
+    for name in ("lens", "stats"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        save_file({key: value[..., :32].contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_damaged_shard_is_refused_by_name(place, here, tmp_path):
+    source = place / "data" / "activations"
+    subprocess.run(["cp", "-rL", str(source), str(tmp_path / "activations")], check=True)
+    shard = next((tmp_path / "activations").rglob("*_train/shard-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    line = here("config=conf/tiny.yaml", f"activation_dumper.root={tmp_path / 'activations'}", "run_name=damaged")
+    assert shard.name in line
+
+
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(place, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a full disk needs the right to mount a tmpfs")
+    try:
+        line = refused(place, "config=conf/tiny.yaml", f"output_dir={disk}", "train_mode=full")
+        assert "No space left on device" in line
+        assert str(disk) in line
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
