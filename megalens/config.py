@@ -242,7 +242,7 @@ class Config:
     tail_read_weight: float = setting(0.0, "warm start: mse of the reconstructor reading the context's tail")
     tail_order: str = setting(
         "last_first",
-        "how a tail of t_text tokens is written: forward (as it stands), or last_first (the last token, then those that end in it)",
+        "order of an explanation: forward, or last_first (the token at P is said first, then what leads up to it; it is read last)",
         ("forward", "last_first"),
     )
 

@@ -26,7 +26,7 @@ from megalens.engine.checkpoint import (
 )
 from megalens.trainer import TRAINER_VERSION, Progress
 
-_SAME = ("layer_l", "t_text", "batch_size", "gradient_accumulation_steps", "seed")
+_SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalens.config import Config, Evaluation, Lora, Reconstructor, Verbalizer
-from megalens.evaluate.baselines import LABELS, context_tails, partners, read_by_lens, read_by_subject, rebuilds
+from megalens.evaluate.baselines import LABELS, context_tails, partners, read_by_lens, read_by_subject
 from megalens.evaluate.evaluation import evaluate
 from megalens.evaluate.metrics import Reference
 from megalens.evaluate.table import examples, table
@@ -198,14 +198,6 @@ def test_texts_of_different_lengths_read_as_each_alone(lens):
     for i, text in enumerate(texts):
         torch.testing.assert_close(together.a_hat_BD[i], read_by_lens(lens, [text]).a_hat_BD[0], atol=1e-4, rtol=1e-4)
     assert together.failed_B.tolist() == [False, False, True, False]
-
-
-def test_a_copy_in_tail_order_is_measured_only_where_it_differs(lens, loader):
-    batch, texts = loader.rows(range(3)), ["a", "b", "c"]
-    lens.config.tail_order = "forward"
-    assert "copy_tail" not in rebuilds(lens, batch, texts, texts)
-    lens.config.tail_order = "last_first"
-    assert "copy_tail" in rebuilds(lens, batch, texts, texts)
 
 
 def test_no_row_is_given_an_explanation_of_its_own_document():

@@ -7,7 +7,7 @@ from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.lens.lens import Step, build_lens
 from megalens.lens.objective import relative_mse, resample_error
 from megalens.lens.reference import ReferenceStep
-from megalens.lens.warmstart import tail_ids
+from megalens.lens.warmstart import read_order, tail_ids
 from megalens.ops import noise_keys
 from megalens.tiny import make_model
 
@@ -102,11 +102,11 @@ def test_straight_through_embeddings_are_the_tokens_embeddings(folders):
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fresh_reconstructor_is_the_truncated_subject(folders, kind, mode):
+def test_fresh_reconstructor_is_the_truncated_subject_reading_the_first_token_last(folders, kind, mode):
     lens = make_lens(folders[kind], mode=mode)
     prompt = lens.tokenizer("it says:")["input_ids"]
     ids = make_batch()["input_ids"][:, :5]
-    whole = torch.cat([torch.tensor([prompt]).expand(4, -1), ids], dim=1)
+    whole = torch.cat([torch.tensor([prompt]).expand(4, -1), ids[:, 1:], ids[:, :1]], dim=1)
     torch.testing.assert_close(lens.reconstruct(ids, torch.full((4,), 5)), lens.subject.residual(whole)[:, -1], atol=1e-4, rtol=1e-4)
 
 
@@ -227,8 +227,14 @@ def test_layer_out_of_range_names_the_range(folders):
 def test_tails_end_at_the_position_and_never_look_behind_it():
     ids, position = torch.arange(20).view(2, 10), torch.tensor([9, 2])
     assert tail_ids(ids, position, 4, "forward").tolist() == [[6, 7, 8, 9], [10, 10, 11, 12]]
-    assert tail_ids(ids, position, 4, "last_first").tolist() == [[9, 7, 8, 9], [12, 10, 11, 12]]
+    assert tail_ids(ids, position, 4, "last_first").tolist() == [[9, 6, 7, 8], [12, 10, 10, 11]]
     assert tail_ids(ids, position, 1, "last_first").tolist() == [[9], [12]]
+
+
+def test_a_text_that_says_the_last_token_first_is_read_in_the_contexts_order():
+    texts = torch.tensor([[9, 6, 7, 8], [12, 10, 11, 0], [5, 0, 0, 0], [0, 0, 0, 0]]).float()[..., None]
+    assert read_order(texts, torch.tensor([4, 3, 1, 0]))[..., 0].tolist() == [[6, 7, 8, 9], [10, 11, 12, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
+    assert read_order(texts[:1], None)[..., 0].tolist() == [[6, 7, 8, 9]]
 
 
 def test_resample_swaps_neighbours_and_refuses_odd_batches():

@@ -16,7 +16,6 @@ LABELS = {
     "gold": "gold activation patched back",
     "copy_subject": "copy, untouched subject",
     "copy": "copy, same reconstructor",
-    "copy_tail": "copy in the lens's tail order",
     "lens": "LENS",
     "shuffled": "explanations of other rows",
     "empty": "empty text",
@@ -41,16 +40,15 @@ def rebuilds(lens: ConsistencyLens, batch: dict[str, Tensor], texts: list[str], 
         texts: the lens's explanations.
         other_texts: explanations of other rows (:func:`partners`).
 
-    ``copy`` is the context's last ``t_text`` tokens as they stand (fewer where it is shorter), read by the lens's reconstructor;
-    ``copy_tail`` the same in the lens's own ``tail_order``, where that is another one; ``copy_subject`` read by the subject's own
-    blocks without prompts or adapters, a BOS first where its tokenizer puts one. Copies too are re-tokenised from their string.
+    ``copy`` is the context's last ``t_text`` tokens, written in the lens's ``tail_order`` so that its reconstructor reads them as they
+    stood; ``copy_subject`` is those tokens as they stand (fewer where the context is shorter), read by the subject's own blocks without
+    prompts or adapters, a BOS first where its tokenizer puts one. Copies too are re-tokenised from their string.
     """
     a_BD = batch["activation"]
     rows, tokenizer = len(a_BD), lens.tokenizer
     copies = context_tails(tokenizer, batch["input_ids"], batch["position"], lens.config.t_text)
-    result = {"gold": _always(a_BD), "copy_subject": read_by_subject(lens, copies), "copy": read_by_lens(lens, copies)}
-    if lens.config.tail_order != "forward":
-        result["copy_tail"] = read_by_lens(lens, to_texts(tokenizer, lens.tail_ids(batch)))
+    result = {"gold": _always(a_BD), "copy_subject": read_by_subject(lens, copies)}
+    result["copy"] = read_by_lens(lens, to_texts(tokenizer, lens.tail_ids(batch)))
     result["lens"] = read_by_lens(lens, texts)
     result["shuffled"] = read_by_lens(lens, other_texts)
     nothing_BT = torch.zeros(rows, 0, dtype=torch.long)

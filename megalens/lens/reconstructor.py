@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megalens.config import Config
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
 from megalens.lens.verbalizer import PromptEmbedding, StandardisedLinear
+from megalens.lens.warmstart import read_order
 
 
 class Reconstructor(nn.Module):
@@ -25,6 +26,7 @@ class Reconstructor(nn.Module):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, self.last = config.reconstructor, config.layer_l + 1
+        self.first_is_last = config.tail_order == "last_first"
         prompt_ids = tokenizer(options.prompt)["input_ids"] or [tokenizer.eos_token_id]
         suffix_ids = tokenizer(options.suffix, add_special_tokens=False)["input_ids"]
         device = lm.vocabulary.in_weight.device
@@ -49,6 +51,8 @@ class Reconstructor(nn.Module):
             lengths_B: tokens of each text, 0 allowed; None: all T.
         """
         batch, reach = embeds_BTD.shape[:2]
+        if self.first_is_last:
+            embeds_BTD = read_order(embeds_BTD, lengths_B)
         if self.suffix is not None:
             embeds_BTD = self._with_suffix(embeds_BTD, lengths_B)
         last_B = torch.full((batch,), reach, device=embeds_BTD.device) if lengths_B is None else lengths_B

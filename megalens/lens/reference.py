@@ -76,6 +76,8 @@ def decode(lens: ConsistencyLens, batch: dict[str, Tensor], at: Step) -> tuple[T
 def reconstruct(lens: ConsistencyLens, embeds_BTD: Tensor) -> Tensor:
     """Activations ``[B, D]`` from whole sequences: prompt, text, suffix."""
     r, lm = lens.reconstructor, lens.subject.lm
+    if r.first_is_last:
+        embeds_BTD = torch.cat([embeds_BTD[:, 1:], embeds_BTD[:, :1]], dim=1)
     parts = [r.prompt().expand(len(embeds_BTD), -1, -1), embeds_BTD]
     if r.suffix is not None:
         parts.append(r.suffix().expand(len(embeds_BTD), -1, -1))
