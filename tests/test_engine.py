@@ -262,7 +262,7 @@ def test_every_file_of_ds_configs_resolves(name):
     [
         ({"gradient_clipping": 0.25}, r"gradient_clipping=0.25 contradicts grad_clip \(0.5\); write \"auto\" there"),
         ({"train_batch_size": 8}, r"train_batch_size=8 contradicts batch_size \* gradient_accumulation_steps \(16\)"),
-        ({"bf16": {"enabled": True}}, r"bf16.enabled=True contradicts dtype=bf16 \(False\)"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled=True contradicts dtype=fp32 \(False\)"),
         ({"optimizer": {"type": "Adam"}}, "optimizer.type=Adam must be AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, r"optimizer.params.lr=1 contradicts learning_rate \(0.1\)"),
         ({"scheduler": {"type": "WarmupLR"}}, "take out the section scheduler; the setting is lr_scheduler"),

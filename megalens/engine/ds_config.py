@@ -47,7 +47,7 @@ def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
         "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
         "train_batch_size": (config.batch_size * accumulation, "batch_size * gradient_accumulation_steps"),
         "gradient_clipping": (config.grad_clip, "grad_clip"),
-        "bf16.enabled": (resolve_dtype(config) == "bfloat16", "dtype"),
+        "bf16.enabled": (resolve_dtype(config) == "bfloat16", f"dtype={config.dtype}"),
         "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
         "optimizer.params.lr": (config.learning_rate, "learning_rate"),
         "optimizer.params.betas": (list(config.betas), "betas"),

@@ -173,9 +173,9 @@ class ZeroEngine(Engine):
 def _gathered(parameter: nn.Parameter):
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _import_deepspeed(on_gpu: bool):
