@@ -25,10 +25,15 @@ DEEPSPEED = [
 DEMO = [
     "gguf>=0.17,<1",  # reads the packaged SmolLM2 weights
 ]
+SWEEPS = [
+    "optuna>=5,<6",  # offline sweeps: Gaussian process, TPE, successive halving, shared state in SQLite
+    "scipy>=1.15,<2",  # Optuna's Gaussian process
+]
 DEV = [
     "pytest>=9,<10",  # the tests
     "pytest-xdist>=3.8,<4",  # one test process per core
     "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
+    "sweeps>=0.2,<0.3",  # W&B's own schema of sweep files; 0.3 wants NumPy 1
 ]
 
 setup(
@@ -42,5 +47,5 @@ setup(
     packages=find_packages(include=["megalens", "megalens.*"]),
     package_data={"megalens.ops": ["cpu/*"]},
     install_requires=REQUIRED,
-    extras_require={"deepspeed": DEEPSPEED, "demo": DEMO, "dev": DEEPSPEED + DEMO + DEV},
+    extras_require={"deepspeed": DEEPSPEED, "demo": DEMO, "sweeps": SWEEPS, "dev": DEEPSPEED + DEMO + SWEEPS + DEV},
 )

@@ -5,10 +5,12 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core already; threads would only take turns
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from wandb_server import WandbServer
 
 from megalens import tiny
 
@@ -36,3 +38,13 @@ def checkout(tmp_path, tiny_data, monkeypatch) -> Path:
         (tmp_path / "data" / name).symlink_to(tiny_data / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def wandb_server(monkeypatch):
+    """A stand-in of the W&B server, and an environment in which `wandb sweep` and `wandb agent` talk to it."""
+    with WandbServer() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+        yield server
