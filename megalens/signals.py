@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import time
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: Slurm's warning ahead of the time limit
 _IMPATIENCE = 1.0  # seconds; a launcher passes on the Ctrl-C that its processes have already got from the terminal
 
 
 class StopSignals:
-    """While entered: SIGTERM and SIGINT set :attr:`received`. A second SIGINT, a moment later, stops at once.
+    """While entered: SIGTERM, SIGUSR1 and SIGINT set :attr:`received`. A second SIGINT, a moment later, stops at once.
 
     Attributes:
         received: the signal's number, or None.

@@ -8,8 +8,8 @@ Every key is described in conf/config.yaml. The activations must have been dumpe
 The run lies in outputs/<run_name>/: checkpoints, the links last and best, metrics.jsonl, wandb/. The same command again goes on from the
 last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints.
 
-Exit codes: 0 finished; 1 an error, told in one line; 143 or 130 stopped by SIGTERM or Ctrl-C behind a saved checkpoint (a second Ctrl-C
-stops at once, without saving).
+Exit codes: 0 finished; 1 an error, told in one line; 143, 138 or 130 stopped by SIGTERM, SIGUSR1 (ahead of a time limit) or Ctrl-C
+behind a saved checkpoint (a second Ctrl-C stops at once, without saving).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def checkout(tmp_path, tiny_data, monkeypatch) -> Path:
     """The working folder of a user who ran ``make_tiny``: the repository's files, own data and outputs, nobody else's."""
-    for name in ("megalens", "tools", "conf", "ds_configs", "benchmarks"):
+    for name in ("megalens", "tools", "conf", "ds_configs", "benchmarks", "slurm"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     for name in ("models", "corpus"):
