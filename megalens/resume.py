@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,26 +51,26 @@ def open_folder(config: Config, rank: int) -> RunFolder:
     return folder
 
 
-def identity(config: Config, fingerprint: str, meta: dict) -> dict:
+def identity(config: Config, fingerprint: str, rows: str) -> dict:
     """What must stay the same for a training to go on: the lens' shape, and what the order of samples hangs on.
 
     Args:
         fingerprint: of the subject.
-        meta: of the training dump.
+        rows: the training loader's ``identity``.
     """
-    same = {"model_name": fingerprint, "dump": hashlib.sha256(json.dumps(meta["shards"]).encode()).hexdigest()[:16]}
+    same = {"model_name": fingerprint, "dump": rows}
     same |= {"dtype": resolve_dtype(config)} | {key: getattr(config, key) for key in _SAME}
     for part in _SAME_PARTS:
         same |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
     return same
 
 
-def find_start(config: Config, run: RunFolder, reader, same: dict) -> Start:
+def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
     """Where this training starts.
 
     Args:
         run: its folder.
-        reader: of the training dump, for the statistics of a fresh lens.
+        loader: of the training rows, for the statistics of a fresh lens.
         same: its :func:`identity`.
 
     Raises:
@@ -81,8 +79,8 @@ def find_start(config: Config, run: RunFolder, reader, same: dict) -> Start:
     if config.checkpoint.resume and run.last is not None:
         return _resumed(run, same)
     if config.init_from is not None:
-        return _initialised(config, same["model_name"], len(reader.mean))
-    return Start(Progress(), Statistics.of(reader))
+        return _initialised(config, same["model_name"], len(loader.mean))
+    return Start(Progress(), Statistics.of(loader))
 
 
 def _resumed(run: RunFolder, same: dict) -> Start:

@@ -57,8 +57,8 @@ def train(config) -> int:
     loader = ActivationLoader(config.activation_dir("train"), config.batch_size, config.seed, rank, world_size)
     held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
     clock = clock_of(config, loader.steps_per_epoch)
-    same = identity(config, subject_fingerprint(config), loader.reader.meta)
-    start = find_start(config, folder, loader.reader, same)
+    same = identity(config, subject_fingerprint(config), loader.identity)
+    start = find_start(config, folder, loader, same)
     if is_finished(start.progress, clock):
         if rank == 0:
             print(f"{config.run_dir} is finished: {clock.total_steps} micro-steps; max_train_steps trains it longer", file=sys.stderr)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.encoding import bytes_per_value
-from megalens.data.files import Lock
+from megalens.data.files import Folder, Lock
 from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
 from megalens.data.sampling import Plan, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
@@ -90,7 +90,8 @@ def check(config: Config, split: str) -> str | None:
     rows = meta.get("rows_available") if _asked(config, split) is None else _asked(config, split)
     if meta["rows"] != rows:
         return f"the dump in {folder} holds {meta['rows']} rows, and {_key(split)} asks for {rows}"
-    problems = (file_problem(folder / shard["file"], shard["bytes"]) for shard in meta["shards"])
+    files = Folder(folder)
+    problems = (file_problem(files, shard) for shard in meta["shards"])
     return next((f"{problem}; {REDUMP}" for problem in problems if problem), None)
 
 

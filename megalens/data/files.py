@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks that die with their holder, and checksums."""
+"""Files that appear whole or not at all, folders that are only read (local or remote), locks that die with their holder, checksums."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec
+import pyarrow as pa
+import pyarrow.fs
 import xxhash
 
 from megalens.data import DataError
@@ -92,11 +95,50 @@ def sync_folder(folder: Path) -> None:
 
 def checksum_of(path: Path) -> str:
     """xxh3_64 of a file, 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return Folder(path.parent).checksum(path.name)
+
+
+class Folder:
+    """A folder that is read: a local path, or anything ``fsspec`` opens (``s3://...``, ``memory://...``, ``filecache::s3://...``)."""
+
+    def __init__(self, folder: str | Path):
+        self._root, self._system = str(folder).rstrip("/"), pa.fs.LocalFileSystem()
+        if "://" in self._root:
+            remote, self._root = fsspec.core.url_to_fs(self._root)
+            self._system = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(remote))
+
+    def path(self, name: str) -> str:
+        """The path of a file in it."""
+        return f"{self._root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Is there a file or folder of that name?"""
+        return self._system.get_file_info(self.path(name)).type != pa.fs.FileType.NotFound
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None: there is none."""
+        return self._system.get_file_info(self.path(name)).size
+
+    def names(self) -> list[str]:
+        """The names of all files in it."""
+        return sorted(info.base_name for info in self._system.get_file_info(pa.fs.FileSelector(self._root)) if info.is_file)
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for reading at any place."""
+        return self._system.open_input_file(self.path(name))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def checksum(self, name: str) -> str:
+        """xxh3_64 of a file, 16 hexadecimal digits."""
+        digest = xxhash.xxh3_64()
+        with self.open(name) as file:
+            while block := file.read_buffer(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
 
 
 class Lock:

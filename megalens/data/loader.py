@@ -1,142 +1,323 @@
-"""Batches of activations in an order that depends on the seed and the epoch alone.
+"""Batches of activations in an order that depends on the seed and the epoch alone (:mod:`megalens.data.order`).
 
-The order of an epoch has two levels, so that memory is bounded whatever the size of the dump: the record batches of all shards are
-permuted and cut into windows of about ``window_bytes``; the rows of a window are permuted. A dump that fits one window is shuffled
-fully. Global batch ``b`` is rows ``[b B, (b + 1) B)`` of that order, and a rank takes its contiguous share of it; the rows left over
-at the end of an epoch are dropped.
+Global batch ``b`` of an epoch is rows ``[b B, (b + 1) B)`` of the order, and a rank takes its contiguous share of it; what is left over at
+the end of an epoch is dropped. Every rank and worker reads whole windows: decoding is some hundred times faster than training.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megalens.data import DataError
+from megalens.data.order import FolderOrder, Mixture
 from megalens.data.shards import ShardReader
 
 Batch = dict[str, Tensor]
-_PREFETCH = 8
+Place = tuple[int, int]  # (epoch, row)
+_CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
+_AHEAD = 3
 
 
-class ActivationLoader:
-    """Batches of one dump.
+class ActivationLoader(IterableDataset):
+    """Batches of one dump, or of several mixed by weight.
+
+    A ``torch.utils.data`` dataset of whole batches: ``DataLoader(loader, batch_size=None, num_workers=...)`` works on it, and so does
+    iterating it; :meth:`batches` is what the training uses.
 
     Args:
-        folder: the dump's folder.
+        source: a dump's folder (a path, or anything ``fsspec`` opens, e.g. ``s3://...``), a reader, or a dictionary of folders and the
+            share of the rows that each shall give.
         batch_size: rows of a GLOBAL batch, over all ranks.
         seed: of the order.
-        rank, world_size: which share of each global batch :meth:`batches` gives.
+        rank, world_size: which share of each global batch is this one's.
         window_bytes: memory for the rows that are mixed. Part of the order: another window is another order.
+        workers: processes of :meth:`batches` that read ahead; 0: a thread.
 
     Attributes:
-        num_rows: rows of the dump.
+        num_rows: rows of an epoch (of a mixture: until the first dump is used up), before it is cut to whole batches.
         steps_per_epoch: whole global batches in it.
-        reader: the :class:`ShardReader`.
+        readers: one for each dump; ``reader`` is the first.
+        mean, var, mean_normalised: of the rows as they come, float32 ``[d]``.
+        identity: a hash of what the rows are, for those who must know that they are the same.
 
-    A batch is a dict of CPU tensors: ``activation [B, d]`` float32, ``input_ids [B, seq_len]`` int64 (the context's tokens 0..P, 0 behind
-    them), ``position [B]`` (P), ``sample_id [B]`` (the row's number in the dump), ``doc_id [B]``, all int64.
+    A batch is a dict of CPU tensors (pinned where there is a GPU): ``activation [B, d]`` float32, ``input_ids [B, seq_len]`` int64 (the
+    context's tokens 0..P, 0 behind them), ``position [B]`` (P), ``sample_id [B]`` (the row's number in the dump, or in all dumps put one
+    behind the other), ``doc_id [B]``, all int64; of a mixture also ``layer [B]`` and ``source [B]`` (the dump's number).
 
     Raises:
-        DataError: the dump is unusable or smaller than one batch, or the ranks can not share a batch evenly.
+        DataError: a dump is unusable or smaller than one batch, dumps of different models are mixed, or the ranks can not share a batch.
     """
 
-    def __init__(self, folder: str | Path, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, window_bytes: int = 256 << 20):
-        self.reader = ShardReader(folder)
+    def __init__(
+        self,
+        source: str | Path | ShardReader | dict[str, float],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        window_bytes: int = 256 << 20,
+        workers: int = 0,
+    ):
+        shares = source if isinstance(source, dict) else {source: 1.0}
+        self.readers = [ShardReader(folder) if isinstance(folder, (str, Path)) else folder for folder in shares]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed % (1 << 63), rank, world_size
-        self.num_rows = len(self.reader)
+        self.workers = workers
+        self._check(shares)
+        rows = [len(reader) for reader in self.readers]
+        self._mixture = Mixture(rows, list(shares.values()))
+        self._first_id = np.cumsum([0, *rows])
+        self._windows = [
+            _Windows(reader, self.seed, number, window_bytes // len(self.readers)) for number, reader in enumerate(self.readers)
+        ]
+        self.num_rows = self._mixture.rows
         self.steps_per_epoch = self.num_rows // batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{folder} holds {self.num_rows} rows, less than one batch_size={batch_size}; lower batch_size, or dump more rows "
-                "(activation_dumper.num_samples, val_num_samples, vectors_per_sequence)"
+                f"{', '.join(str(r.folder) for r in self.readers)}: {self.num_rows} rows are less than one batch_size={batch_size}; lower "
+                "batch_size, or dump more rows (activation_dumper.num_samples, val_num_samples, vectors_per_sequence)"
             )
-        if batch_size % world_size:
-            raise DataError(
-                f"batch_size={batch_size} can not be shared evenly by {world_size} processes; make it a multiple of {world_size}"
-            )
-        self._first_row = np.concatenate([[0], np.cumsum(self.reader.batch_rows)])
-        meta = self.reader.meta
-        row_bytes = meta["d"] * (4 if meta["encoding"] == "fp32" else 2) + 4 * meta["seq_len"]
-        self._window_batches = max(1, window_bytes // (row_bytes * meta["rows_per_batch"]))
+        what = [[reader.identity for reader in self.readers], *([list(map(float, shares.values()))] if len(shares) > 1 else [])]
+        self.identity = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        self._epoch, self._row = 0, 0
+
+    # ------------------------------------------------------------------------------------------------------- in order
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This rank's share of global micro-step ``start_step`` and all that follow, over the epochs without end.
 
-        A background thread reads ahead; it ends when the iterator is closed or forgotten.
+        A thread or ``workers`` processes read ahead; they end when the iterator is closed or forgotten.
         """
-        source = self._batches(start_step)
+        self._epoch, self._row = start_step // self.steps_per_epoch, start_step % self.steps_per_epoch * self.batch_size
+        source = self._chunks_by_workers() if self.workers else self._chunks_by_thread()
+        try:
+            for chunk in source:
+                yield from self._hand_out(chunk)
+        finally:
+            source.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from where :meth:`load_state_dict` or an earlier iteration left off; in a ``DataLoader``'s worker, that worker's."""
+        worker = get_worker_info()
+        places = self._places() if worker is None else islice(self._places(), worker.id, None, worker.num_workers)
+        for chunk in self._chunks(places):
+            yield from self._hand_out(chunk)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands, behind the batch handed out last, to the row: plain numbers and text.
+
+        With a ``DataLoader`` of your own around this loader the workers move copies of it; use ``workers`` and :meth:`batches` instead.
+        """
+        return {"identity": self.identity, "seed": self.seed, "window": self._window_batches(), "epoch": self._epoch, "row": self._row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a :meth:`state_dict`, on any number of ranks and workers, with any ``batch_size``: no row is lost or doubled.
+
+        Raises:
+            DataError: it is of another order (other rows, weights, seed or window).
+        """
+        here = self.state_dict()
+        for key in ("identity", "seed", "window"):
+            if state[key] != here[key]:
+                raise DataError(f"the order can not go on: its {key} was {state[key]} and is {here[key]}; load the same dumps alike")
+        self._epoch, self._row = state["epoch"], state["row"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_windows": [w.emptied() for w in self._windows]}
+
+    def _window_batches(self) -> list[int]:
+        return [windows.size for windows in self._windows]
+
+    def _hand_out(self, chunk: tuple[list[Place], Batch]) -> Iterator[Batch]:
+        share = self.batch_size // self.world_size
+        for number, (epoch, row) in enumerate(chunk[0]):
+            self._epoch, self._row = epoch, row + self.batch_size
+            yield {name: value[number * share : (number + 1) * share] for name, value in chunk[1].items()}
+
+    def _chunks_by_thread(self) -> Iterator[tuple[list[Place], Batch]]:
+        source = self._chunks(self._places())
         with ThreadPoolExecutor(1) as reader:
-            ahead = deque(reader.submit(next, source) for _ in range(_PREFETCH))
+            ahead = deque(reader.submit(_next_pinned, source) for _ in range(_AHEAD))
             try:
                 while True:
-                    batch = ahead.popleft().result()
-                    ahead.append(reader.submit(next, source))
-                    yield batch
+                    chunk = ahead.popleft().result()
+                    ahead.append(reader.submit(_next_pinned, source))
+                    yield chunk
             finally:
                 reader.shutdown(cancel_futures=True)
 
+    def _chunks_by_workers(self) -> Iterator[tuple[list[Place], Batch]]:
+        options = {"pin_memory": torch.cuda.is_available(), "prefetch_factor": _AHEAD, "generator": torch.Generator()}
+        for chunk in DataLoader(_Chunks(self), batch_size=None, num_workers=self.workers, **options):
+            if isinstance(chunk, str):
+                raise DataError(chunk)
+            yield chunk
+
+    def _places(self) -> Iterator[Place]:
+        """Where each batch begins, from the present place on."""
+        epoch, row = self._epoch, self._row
+        while True:
+            if row + self.batch_size > self.num_rows:
+                epoch, row = epoch + 1, 0
+            yield epoch, row
+            row += self.batch_size
+
+    def _chunks(self, places: Iterator[Place], skip: int = 0, stride: int = 1) -> Iterator[tuple[list[Place], Batch]]:
+        """Several batches at a time, one behind the other; of ``stride`` such chunks only each ``skip``-th."""
+        meta, share = self.reader.meta, self.batch_size // self.world_size
+        size = min(_CHUNK_BATCHES, max(1, _CHUNK_BYTES // (share * (4 * meta["d"] + 8 * meta["seq_len"]))))
+        number = 0
+        while chunk := list(islice(places, size)):
+            if number % stride == skip:
+                spans = [(epoch, row + self.rank * share, row + (self.rank + 1) * share) for epoch, row in chunk]
+                yield chunk, _finish(_join([part for span in spans for part in self._read(*span)]))
+            number += 1
+
+    def _read(self, epoch: int, first: int, last: int) -> list[Batch]:
+        if len(self.readers) == 1:
+            return self._windows[0].rows(epoch, first, last)
+        source, before = self._mixture.deal(self.seed, epoch, first, last)
+        places = [np.flatnonzero(source == number) for number in range(len(self.readers))]
+        parts = []
+        for number, (windows, start) in enumerate(zip(self._windows, before, strict=True)):
+            for part in windows.rows(epoch, int(start), int(start) + len(places[number])):
+                layer = torch.full_like(part["position"], self.readers[number].meta["layer"])
+                changed = {"activation": part["activation"].float(), "sample_id": part["sample_id"] + int(self._first_id[number])}
+                parts.append({**part, **changed, "layer": layer})
+        return [{**_take(_join(parts), np.argsort(np.concatenate(places))), "source": torch.from_numpy(source)}]
+
+    # ---------------------------------------------------------------------------------------------- by number, and all
+
+    @property
+    def reader(self) -> ShardReader:
+        """The first dump's."""
+        return self.readers[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the activations."""
+        return self._average([reader.mean for reader in self.readers])
+
+    @property
+    def var(self) -> Tensor:
+        """Variance of the activations per dimension."""
+        return self._average([reader.var + (reader.mean - self.mean) ** 2 for reader in self.readers])
+
+    @property
+    def mean_normalised(self) -> Tensor:
+        """Mean of the unit-length activations."""
+        return self._average([reader.mean_normalised for reader in self.readers])
+
     def rows(self, indices: Tensor | np.ndarray | list[int]) -> Batch:
-        """Exactly these rows (numbers in the dump, ``sample_id``), in this order; for evaluation."""
+        """Exactly these rows of the first dump (``sample_id``), in this order; for evaluation."""
         indices = np.asarray(indices, dtype=np.int64)
-        owner = np.searchsorted(self._first_row, indices, side="right") - 1
+        first_row = np.concatenate([[0], np.cumsum(self.reader.batch_rows)])
+        owner = np.searchsorted(first_row, indices, side="right") - 1
         parts, places = [], []
         for index in np.unique(owner):
             wanted = np.flatnonzero(owner == index)
-            parts.append(_take(self.reader.read_batch(index), indices[wanted] - self._first_row[index]))
+            parts.append(_take(self.reader.read_batch(index), indices[wanted] - first_row[index]))
             places.append(wanted)
         return _finish(_take(_join(parts), np.argsort(np.concatenate(places))))
 
     def documents(self) -> Tensor:
-        """``doc_id`` of every row of the dump, int64."""
+        """``doc_id`` of every row of the first dump, int64."""
         return torch.from_numpy(self.reader.column("doc_id").astype(np.int64))
 
-    def _batches(self, step: int) -> Iterator[Batch]:
-        share = self.batch_size // self.world_size
-        epoch, held, window = -1, -1, {}
-        while True:
-            if step // self.steps_per_epoch != epoch:
-                epoch, held = step // self.steps_per_epoch, -1
-                windows = self._windows(epoch)
-                ends = np.cumsum([self.reader.batch_rows[w].sum() for w in windows])
-            first = step % self.steps_per_epoch * self.batch_size + self.rank * share
-            parts = []
-            for w, start, stop in _pieces(ends, first, first + share):
-                if w != held:
-                    held, window = w, {}  # free the old window before the next one is read
-                    window = self._read_window(epoch, w, windows[w])
-                parts.append({name: value[start:stop] for name, value in window.items()})
-            yield _finish(_join(parts))
-            step += 1
+    def _average(self, values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return values[0]
+        return sum(value.double() * float(share) for value, share in zip(values, self._mixture.shares, strict=True)).float()
 
-    def _windows(self, epoch: int) -> list[np.ndarray]:
-        """The record batches of each window of an epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.reader.batch_rows))
-        return np.split(order, range(self._window_batches, len(order), self._window_batches))
+    def _check(self, shares: dict) -> None:
+        if self.batch_size % self.world_size:
+            raise DataError(
+                f"batch_size={self.batch_size} can not be shared evenly by {self.world_size} processes; "
+                f"make it a multiple of {self.world_size}"
+            )
+        for folder, share in shares.items():
+            if not share > 0:
+                raise DataError(f"the share of {folder} in the mixture is {share}; it must be greater than 0")
+        first = self.readers[0].meta
+        for reader in self.readers[1:]:
+            for key in ("d", "seq_len"):
+                if reader.meta[key] != first[key]:
+                    raise DataError(f"{reader.folder} can not be mixed with {self.reader.folder}: {key} {reader.meta[key]}, {first[key]}")
+            reader.check_matches(
+                subject_fingerprint=first["subject"]["fingerprint"], tokenizer_fingerprint=first["tokenizer"]["fingerprint"]
+            )
 
-    def _read_window(self, epoch: int, number: int, batches: np.ndarray) -> Batch:
-        count = int(self.reader.batch_rows[batches].sum())
-        place = torch.from_numpy(np.random.default_rng([self.seed, epoch, number + 1]).permutation(count))
+
+class _Chunks(IterableDataset):
+    """A loader's chunks, those of this worker; an error comes as its message."""
+
+    def __init__(self, loader: ActivationLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[tuple[list[Place], Batch] | str]:
+        worker = get_worker_info()
+        try:
+            yield from self._loader._chunks(self._loader._places(), worker.id, worker.num_workers)
+        except DataError as error:
+            yield str(error)
+
+
+class _Windows:
+    """The windows of one dump, one of them in memory."""
+
+    def __init__(self, reader: ShardReader, seed: int, number: int, window_bytes: int):
+        meta = reader.meta
+        row_bytes = meta["d"] * (4 if meta["encoding"] in ("fp32", "int8") else 2) + 4 * meta["seq_len"]
+        self.size = max(1, window_bytes // (row_bytes * meta["rows_per_batch"]))
+        self._reader, self._order = reader, FolderOrder(reader.batch_rows, self.size, seed, number)
+        self._held, self._window = (-1, -1), {}
+
+    def rows(self, epoch: int, first: int, last: int) -> list[Batch]:
+        """Rows ``first`` to ``last`` of an epoch's order, piece by piece."""
+        parts = []
+        for number, start, stop in self._order.pieces(epoch, first, last):
+            if (epoch, number) != self._held:
+                self._held, self._window = (epoch, number), {}  # free the old window before the next one is read
+                self._window = self._read(epoch, number)
+            parts.append({name: value[start:stop] for name, value in self._window.items()})
+        return parts
+
+    def emptied(self) -> _Windows:
+        """The same without the window in memory; what a worker process is sent."""
+        copy = object.__new__(_Windows)
+        copy.__dict__ = {**self.__dict__, "_held": (-1, -1), "_window": {}}
+        return copy
+
+    def _read(self, epoch: int, number: int) -> Batch:
+        batches, places = self._order.window(epoch, number)
         window: Batch = {}
-        for part, places in zip(batches, place.split(self.reader.batch_rows[batches].tolist()), strict=True):
-            for name, value in self.reader.read_batch(part).items():
-                window.setdefault(name, value.new_empty(count, *value.shape[1:]))[places] = value
+        for index, place in zip(batches, places, strict=True):
+            for name, value in self._reader.read_batch(index).items():
+                if name not in window:
+                    window[name] = value.new_empty(sum(map(len, places)), *value.shape[1:])
+                _bits(window[name])[place] = _bits(value)
         return window
 
 
-def _pieces(ends: np.ndarray, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Rows ``first`` to ``last`` of an epoch as (window, start, stop) inside the windows that end at ``ends``."""
-    window = int(np.searchsorted(ends, first, side="right"))
-    while first < last:
-        begin, end = (int(ends[window - 1]) if window else 0), int(ends[window])
-        stop = min(last, end)
-        yield window, first - begin, stop - begin
-        first, window = stop, window + 1
+def _bits(values: Tensor) -> np.ndarray:
+    """A tensor's memory as numpy, which moves rows several times faster."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _next_pinned(source: Iterator[tuple[list[Place], Batch]]) -> tuple[list[Place], Batch]:
+    places, rows = next(source)
+    return places, {name: value.pin_memory() for name, value in rows.items()} if torch.cuda.is_available() else rows
 
 
 def _take(rows: Batch, index: np.ndarray) -> Batch:
@@ -149,4 +330,5 @@ def _join(parts: list[Batch]) -> Batch:
 
 
 def _finish(rows: Batch) -> Batch:
-    return {**rows, "activation": rows["activation"].float(), "input_ids": rows["input_ids"].long()}
+    floats = {"activation": rows["activation"].float()} if "activation" in rows else {}
+    return {**rows, **floats, "input_ids": rows["input_ids"].long()}

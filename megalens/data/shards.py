@@ -1,12 +1,13 @@
 """The activation shards: a folder of Arrow files and one ``meta.json``. ``docs/format.md`` describes both for other languages.
 
-A folder is written by any number of processes (:class:`ShardWriter`), each shard by one of them, and read through a memory map
+A folder is written by any number of processes (:class:`ShardWriter`), each shard by one of them, and read record batch by record batch
 (:class:`ShardReader`). A shard, and the record of it, gets its name when it is complete; ``meta.json`` comes last, and with it goes
 ``<folder>/.work``, where unfinished files, the records of finished shards and the locks lie.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from megalens.data import DataError
 from megalens.data.encoding import activation_fields, decode_activation, encode_activation
-from megalens.data.files import Lock, checksum_of, new_file
+from megalens.data.files import Folder, Lock, new_file
 from megalens.data.moments import Moments
 
 FORMAT = "megalens-activations"
@@ -50,12 +51,13 @@ def read_meta(folder: str | Path) -> dict:
     Raises:
         DataError: there is none, it is damaged, or of another format.
     """
-    path = Path(folder) / "meta.json"
-    if not path.exists():
-        state = f"the dump in {folder} is not finished" if (Path(folder) / ".work").exists() else f"there is no dump in {folder}"
+    files = Folder(folder)
+    path = files.path("meta.json")
+    if files.size("meta.json") is None:
+        state = f"the dump in {folder} is not finished" if files.exists(".work") else f"there is no dump in {folder}"
         raise DataError(f"{state}; make it with: python tools/dump_acts.py config=...")
     try:
-        text = path.read_bytes().decode()
+        text = files.read("meta.json").decode()
         meta = json.loads(text)
         intact = isinstance(meta, dict) and meta.pop("checksum", None) is not None and render_meta(meta) == text
     except (ValueError, RecursionError):
@@ -263,13 +265,16 @@ def _encode(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Schema
 
 
 class ShardReader:
-    """A finished folder, memory-mapped; a shard's checksum is verified when it is first touched.
+    """A finished folder; a shard's checksum is verified when it is first touched.
+
+    Shards are read by their record batches, not memory-mapped: pages of a map stay resident, so that memory would grow with the dump.
 
     Args:
-        folder: the dump's folder.
+        folder: the dump's folder: a path, or anything ``fsspec`` opens (``s3://...``; ``filecache::s3://...`` keeps a local copy).
 
     Attributes:
         meta: the contents of ``meta.json``.
+        identity: a hash of the rows it holds.
         batch_rows: rows of each record batch, over all shards in order, int64.
         mean, var, mean_normalised: of the whole folder, float32 ``[d]`` (the last: of the unit-length activations).
 
@@ -278,17 +283,29 @@ class ShardReader:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = folder
         self.meta = read_meta(folder)
+        self.identity = hashlib.sha256(json.dumps(self.meta["shards"]).encode()).hexdigest()[:16]
         per_shard = [_batch_rows(shard["rows"], self.meta["rows_per_batch"]) for shard in self.meta["shards"]]
         self.batch_rows = np.concatenate(per_shard)
         self._place = [(shard, batch) for shard, rows in enumerate(per_shard) for batch in range(len(rows))]
         self.mean, self.var, self.mean_normalised = (
             torch.tensor(self.meta[name], dtype=torch.float64).float() for name in ("mean", "variance", "mean_normalised")
         )
-        self._open: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._verified: set[int] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._files = Folder(self.folder)
+        self._open: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_open", "_lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def __len__(self) -> int:
         return self.meta["rows"]
@@ -324,7 +341,7 @@ class ShardReader:
             with self._lock:
                 schema = self._shard(shard).schema
                 options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
-                with pa.memory_map(str(self._path(shard))) as source:
+                with self._files.open(self._file(shard)) as source:
                     parts.append(pa.ipc.open_file(source, options=options).read_all()[name].to_numpy())
         return np.concatenate(parts)
 
@@ -348,20 +365,20 @@ class ShardReader:
             if want is not None and have != want:
                 raise DataError(f"the dump in {self.folder} is of {name} ({have}), not of this configuration's ({want}); {REDUMP}")
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / self.meta["shards"][shard]["file"]
+    def _file(self, shard: int) -> str:
+        return self.meta["shards"][shard]["file"]
 
     def _shard(self, shard: int) -> pa.ipc.RecordBatchFileReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if shard not in self._verified:
-            if problem := _problem(self._path(shard), self.meta["shards"][shard]):
+            if problem := _problem(self._files, self.meta["shards"][shard]):
                 raise DataError(f"{problem}; {REDUMP}")
             self._verified.add(shard)
         while len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)
-        self._open[shard] = pa.ipc.open_file(pa.memory_map(str(self._path(shard))))
+        self._open[shard] = pa.ipc.open_file(self._files.open(self._file(shard)))
         return self._open[shard]
 
 
@@ -369,21 +386,22 @@ def _batch_rows(rows: int, per_batch: int) -> np.ndarray:
     return np.minimum(per_batch, rows - np.arange(0, rows, per_batch, dtype=np.int64))
 
 
-def file_problem(path: Path, size: int) -> str | None:
-    """What is wrong with a shard's file at first sight, or None."""
-    if not path.exists():
+def file_problem(files: Folder, record: dict) -> str | None:
+    """What is wrong with a shard's file at first sight, or None; ``record`` is its entry in ``meta.json``."""
+    path, size = files.path(record["file"]), files.size(record["file"])
+    if size is None:
         return f"shard {path} is missing"
-    if path.stat().st_size != size:
-        return f"shard {path} has {path.stat().st_size} bytes instead of {size}: it is cut short or not of this dump"
+    if size != record["bytes"]:
+        return f"shard {path} has {size} bytes instead of {record['bytes']}: it is cut short or not of this dump"
     return None
 
 
-def _problem(path: Path, record: dict) -> str | None:
+def _problem(files: Folder, record: dict) -> str | None:
     """What is wrong with a shard's file, or None."""
-    if problem := file_problem(path, record["bytes"]):
+    if problem := file_problem(files, record):
         return problem
-    if checksum_of(path) != record["checksum"]:
-        return f"shard {path} does not match its checksum: it is damaged or not of this dump"
+    if files.checksum(record["file"]) != record["checksum"]:
+        return f"shard {files.path(record['file'])} does not match its checksum: it is damaged or not of this dump"
     return None
 
 
@@ -393,9 +411,11 @@ def verify(folder: str | Path) -> list[str]:
         meta = read_meta(folder)
     except DataError as error:
         return [str(error)]
-    problems = [p for record in meta["shards"] if (p := _problem(Path(folder) / record["file"], record))]
+    files = Folder(folder)
+    problems = [p for record in meta["shards"] if (p := _problem(files, record))]
     known = {record["file"] for record in meta["shards"]}
-    problems += [f"{path} belongs to no shard of meta.json" for path in sorted(Path(folder).glob("*.arrow")) if path.name not in known]
+    strange = [name for name in files.names() if name.endswith(".arrow") and name not in known]
+    problems += [f"{files.path(name)} belongs to no shard of meta.json" for name in strange]
     if sum(record["rows"] for record in meta["shards"]) != meta["rows"]:
         problems.append(f"{folder}: the shards' rows do not add up to meta.json's {meta['rows']}")
     return problems
