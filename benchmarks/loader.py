@@ -5,9 +5,10 @@ usage: python benchmarks/loader.py [--gb 1.0] [--batch 32] [--repeats 3] [--memo
 Every side holds the same rows (bf16 activations of width 576, 64 token ids) and gives the same batches in the same two-level order, as
 float32 activations and int64 ids. `gb_per_second` counts the bf16 bytes of the activations handed out. Sides: `ours`; `memmap`, raw numpy
 arrays; `datasets`, Arrow with set_format("torch"); `parquet`, zstd row groups of 1024 rows; `pt`, one torch.save per shard. The last two
-hold one window in memory, as ours does. Sides run in turns; the figure is the median, from opening to the last batch (the files are in the
-page cache). `--memory` prints the peak resident set of reading dumps of so many GB, minus that of the imports. `--model` adds `share_of_unit`:
-the loader's seconds per batch over those of one forward of that model over batch x 64 tokens, which a training step contains several times.
+hold one window in memory, as ours does. Sides run in turns; the figure is the median, from opening to the last batch (the files are in
+the page cache). `--memory` prints the peak resident set of reading dumps of so many GB, minus that of the imports. `--model` adds
+`share_of_unit`: the loader's seconds per batch over those of one forward of that model over batch x 64 tokens, of which a training step
+takes several.
 """
 
 from __future__ import annotations

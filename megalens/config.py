@@ -106,8 +106,12 @@ class ActivationDumper:
     batch_size: int = setting(32, "sequences per forward pass, per rank")
     rows_per_shard: int = setting(16384, "rows of a shard file")
     rows_per_batch: int = setting(1024, "rows of a compressed record batch")
+    num_tokens: int = setting(-1, "context tokens that the train split's documents may have in all; -1: no limit")
+    layers: list[int] = setting([], "blocks dumped in one pass, a folder each; empty: layer_l alone")
     encoding: str = setting(
-        "bf16_planes", "bf16 | bf16_planes (high and low bytes apart; compresses better) | fp32", ("bf16", "bf16_planes", "fp32")
+        "bf16_planes",
+        "bf16 | bf16_planes (high and low bytes apart; compresses better) | int8 (lossy, about 0.9 bytes a value) | fp32",
+        ("bf16", "bf16_planes", "int8", "fp32"),
     )
 
 

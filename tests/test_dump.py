@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
-import random
 import shutil
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import endure
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from dumps import quick_processes
 from transformers import AutoModelForCausalLM
 
-from megalens.config import Config, ConfigError, config_from_dict
+from megalens.config import ConfigError, config_from_dict
 from megalens.data import DataError
 from megalens.data.dump import check, dump
 from megalens.data.files import ChecksumFile
@@ -45,7 +44,11 @@ def place(tmp_path_factory):
 
 
 def keys(place, root, model="llama", dataset=None, **changes) -> dict:
-    settings = {name: changes.pop(name) for name in list(changes) if name in {*SETTINGS, "num_samples", "val_num_samples", "encoding"}}
+    settings = {
+        name: changes.pop(name)
+        for name in list(changes)
+        if name in {*SETTINGS, "num_samples", "val_num_samples", "num_tokens", "layers", "encoding"}
+    }
     return {
         "model_name": str(place / model),
         "layer_l": 2,
@@ -159,6 +162,42 @@ def test_a_bf16_dump_is_the_fp32_dump_rounded(make_config, tmp_path):
     assert torch.equal(read_all(exact, "train")["activation"].bfloat16().float(), read_all(rounded, "train")["activation"])
 
 
+def test_several_layers_in_one_pass_are_those_of_passes_of_their_own(make_config, tmp_path):
+    several = make_config(layers=[3, 0, 2])
+    dump(several)
+    for layer in [0, 2, 3]:
+        alone = make_config(layer_l=layer, activation_dumper={"root": str(tmp_path / "alone"), **SETTINGS})
+        dump(alone)
+        one = dataclasses.replace(several, layer_l=layer)
+        assert check(one, "train") is None
+        assert contents(one) == contents(alone)
+
+
+def test_a_layer_that_was_lost_is_made_again_alone(make_config):
+    config = make_config(layers=[1, 2])
+    dump(config)
+    before, kept = contents(config), dataclasses.replace(config, layer_l=1).activation_dir("train") / "meta.json"
+    made = kept.stat().st_mtime_ns
+    shutil.rmtree(config.activation_dir("train"))
+    dump(config)
+    assert contents(config) == before
+    assert kept.stat().st_mtime_ns == made
+
+
+def test_int8_loses_what_meta_json_says(make_config, tmp_path):
+    exact = make_config(encoding="fp32")
+    small = make_config(activation_dumper={"root": str(tmp_path / "b"), "encoding": "int8", **SETTINGS})
+    dump(exact), dump(small)
+    assert "another precision" in check(make_config(encoding="int8"), "train")
+    a, b = (read_all(config, "train")["activation"] for config in (exact, small))
+    meta = ShardReader(small.activation_dir("train")).meta
+    lost = float(((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum())
+    assert 0 < lost < 1e-3
+    assert meta["fve_loss"] == pytest.approx(lost, rel=0.02)
+    assert 0 < meta["fve_std_loss"] < 1e-3
+    torch.testing.assert_close(torch.tensor(meta["mean"], dtype=torch.float64).float(), b.mean(0), atol=1e-5, rtol=1e-4)
+
+
 def test_no_row_comes_twice_and_splits_share_no_document(make_config):
     config = make_config()
     dump(config)
@@ -211,6 +250,18 @@ def test_more_rows_than_the_corpus_gives_are_refused_with_their_number(make_conf
     with pytest.raises(DataError, match=r"give 0 rows"):
         dump(make_config(min_pos=499, seq_len=500, layer_l=1))
     assert not make_config(layer_l=1).activation_dir("train").exists()
+
+
+def test_a_budget_of_tokens_is_spent_and_not_passed(make_config):
+    config = make_config(num_tokens=500)
+    dump(config)
+    lengths = {row["doc_id"]: min(len(row["input_ids"]), 32) for row in load_tokens(config, "train")}
+    read = read_all(config, "train")
+    spent = sum(lengths[document] for document in set(read["doc_id"].tolist()))
+    assert 500 - 32 - max(8, min(lengths.values())) < spent <= 500
+    assert check(config, "train") is None
+    assert "another num_tokens" in check(make_config(num_tokens=400), "train")
+    assert "another num_tokens" in check(make_config(), "train")
 
 
 def test_a_dump_of_all_rows_serves_who_asks_for_just_as_many(make_config):
@@ -329,18 +380,12 @@ def test_a_disk_that_fills_up_leaves_a_dump_that_goes_on(make_config, monkeypatc
 # ---------------------------------------------------------------------------------------------------- ranks and deaths
 
 
-def start(config: Config, ranks: int) -> list:
-    processes = [quick_processes().Process(target=dump, args=(config,)) for _ in range(ranks)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, ranks):
-    alone, shared = (config_from_dict(keys(place, tmp_path / name, rows_per_shard=10)) for name in ["alone", "shared"])
+@pytest.mark.parametrize(("ranks", "encoding"), [(2, "int8"), (3, "bf16_planes")])
+def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, ranks, encoding):
+    changes = {"rows_per_shard": 10, "encoding": encoding, "layers": [1, 2]}
+    alone, shared = (config_from_dict(keys(place, tmp_path / name, **changes)) for name in ["alone", "shared"])
     dump(alone)
-    processes = start(shared, ranks)
+    processes = endure.start(shared, ranks)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
@@ -348,25 +393,8 @@ def test_any_number_of_ranks_makes_the_same_bytes(place, tmp_path, ranks):
 
 
 def test_killing_a_dump_at_random_moments_loses_and_doubles_nothing(place, tmp_path):
-    alone, killed = (
-        config_from_dict(keys(place, tmp_path / name, vectors_per_sequence=8, rows_per_shard=4)) for name in ["alone", "killed"]
-    )
+    alone, killed = (config_from_dict(keys(place, tmp_path / name, **endure.SETTINGS, layers=[1, 2])) for name in ["alone", "killed"])
     dump(alone)
-    folder = killed.activation_dir("train")
-    draw, halfway = random.Random(0), 0
-    for _ in range(6):
-        before = len(list(folder.glob("*.arrow")))
-        processes = start(killed, draw.choice([1, 2, 3]))
-        while len(list(folder.glob("*.arrow"))) == before and any(process.is_alive() for process in processes):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.3))
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        halfway += before < len(list(folder.glob("*.arrow"))) and not (folder / "meta.json").exists()
-    assert halfway >= 2, "too few kills came in the middle"
-    (last,) = start(killed, 1)
-    last.join()
-    assert last.exitcode == 0
-    assert contents(killed) == contents(alone)
+    counts = endure.kill_often(killed, endure.contents(alone), 6)
+    assert counts["halfway"] >= 2, "too few kills came in the middle"
+    assert counts["equal"] >= 1

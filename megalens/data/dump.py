@@ -7,12 +7,14 @@ its life, and the next that comes by makes the shard again, the same to the last
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.encoding import bytes_per_value
-from megalens.data.files import Folder, Lock
+from megalens.data.files import Folder
 from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
 from megalens.data.sampling import Plan, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
@@ -36,7 +38,7 @@ SPLITS = ("train", "val")
 
 
 def dump(config: Config) -> None:
-    """Make both splits' dumps, unless valid ones are there; to be called by every rank.
+    """Make both splits' dumps (of each of ``activation_dumper.layers``), unless valid ones are there; to be called by every rank.
 
     An unfinished dump is gone on with. ``config.force_redump`` makes finished ones anew. A finished dump of other settings is not
     touched without it.
@@ -45,19 +47,21 @@ def dump(config: Config) -> None:
         DataError: no pretokenized text, fewer rows than asked for, a finished dump of other settings is in the way, a full disk.
     """
     called = time.time()
-    todo = [split for split in SPLITS if not _kept(config, split, called)]
+    layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
+    todo = {split: [layer for layer in layers if not _kept(layer, split, called)] for split in SPLITS}
+    todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
     plans, tokens = {}, {}
     for split in todo:
         tokens[split] = load_tokens(config, split)
         plans[split] = plan_rows(config, split, tokens[split])
-    subject = load_subject(config, upto_block=config.layer_l)
-    writers = {split: _writer(config, split, plans[split], subject) for split in todo}
-    _check_space(writers)
-    for split in todo:
-        discard(writers[split].folder, older_than=called)
-        if note := writers[split].begin():
+    subject = load_subject(layers[-1], upto_block=layers[-1].layer_l)
+    writers = {split: [_writer(layer, split, plans[split], subject) for layer in left] for split, left in todo.items()}
+    _check_space(list(chain(*writers.values())))
+    for writer in chain(*writers.values()):
+        discard(writer.folder, older_than=called)
+        if note := writer.begin():
             say(note)
     for wait in (False, True):  # first what nobody works at, then what a killed rank may leave
         for split in todo:
@@ -82,10 +86,12 @@ def check(config: Config, split: str) -> str | None:
         "vectors_per_sequence": want.vectors_per_sequence,
         "dataset": dataset_identity(config, source_may_be_gone=True),
     }
+    if split == "train" and (want.num_tokens != -1 or "num_tokens" in meta):
+        wanted["num_tokens"] = want.num_tokens
     for key, value in wanted.items():
         if difference := first_difference(meta.get(key), value):
             return f"the dump in {folder} has another {key} ({difference})"
-    if (meta["encoding"] == "fp32") != (want.encoding == "fp32"):
+    if meta["encoding"].removesuffix("_planes") != want.encoding.removesuffix("_planes"):
         return f"the dump in {folder} has another precision (encoding: {meta['encoding']} there, {want.encoding} now)"
     rows = meta.get("rows_available") if _asked(config, split) is None else _asked(config, split)
     if meta["rows"] != rows:
@@ -111,12 +117,13 @@ def plan_rows(config: Config, split: str, tokens: datasets.Dataset) -> Plan:
         per_document=settings.vectors_per_sequence,
         rows_per_shard=settings.rows_per_shard,
         rows=asked,
+        tokens=settings.num_tokens if split == "train" and settings.num_tokens != -1 else None,
     )
     if plan.available < (asked or 1):
         raise DataError(
             f"activation_dumper.{_key(split)}={asked or -1} can not be met: {len(tokens)} {split} documents give {plan.available} rows at "
-            f"seq_len={settings.seq_len}, min_pos={settings.min_pos}, vectors_per_sequence={settings.vectors_per_sequence}; lower it or "
-            "min_pos, or raise vectors_per_sequence"
+            f"seq_len={settings.seq_len}, min_pos={settings.min_pos}, vectors_per_sequence={settings.vectors_per_sequence}, "
+            f"num_tokens={settings.num_tokens}; lower it or min_pos, or raise vectors_per_sequence or num_tokens"
         )
     return plan
 
@@ -175,17 +182,20 @@ def _writer(config: Config, split: str, plan: Plan, subject: Subject) -> ShardWr
         "rows_per_shard": settings.rows_per_shard,
         "rows_per_batch": settings.rows_per_batch,
     }
+    if split == "train" and settings.num_tokens != -1:
+        header["num_tokens"] = settings.num_tokens
     return ShardWriter(config.activation_dir(split), header)
 
 
-def _check_space(writers: dict[str, ShardWriter]) -> None:
+def _check_space(writers: list[ShardWriter]) -> None:
     """Say how large the dumps will be, and refuse to start what can not fit."""
     needed = 0
-    for split, writer in writers.items():
+    for writer in writers:
         head = writer.header
         context = (head["seq_len"] + head["min_pos"]) / 2 * (2 if head["token_type"] == "uint16" else 4)
         size = head["rows"] * (head["d"] * bytes_per_value(head["encoding"]) + context)
-        say(f"{split}: {head['rows']:,} rows of width {head['d']} in {writer.num_shards:,} shards, about {_size(size)}, to {writer.folder}")
+        rows = f"{head['rows']:,} rows of width {head['d']} in {writer.num_shards:,} shards"
+        say(f"{head['split']}: {rows}, about {_size(size)}, to {writer.folder}")
         needed += size * (1 - writer.rows_written() / head["rows"])
     folder = next(parent for parent in writer.folder.parents if parent.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
@@ -200,67 +210,102 @@ def _size(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
-def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan, writer: ShardWriter, wait: bool) -> None:
+def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan, writers: list[ShardWriter], wait: bool) -> None:
     """Make the shards that can be claimed, one being written while the next is read out; the last rank to leave writes ``meta.json``."""
-    written = writer.rows_written()
-    if written == plan.rows and writer.finish():
+    written = min(writer.rows_written() for writer in writers)
+    if written == plan.rows and all([writer.finish() for writer in writers]):
         return
-    label = f"dumping {writer.header['split']}"
+    for number, writer in enumerate(writers):
+        writer.calibrate(lambda n=number: _read_out(config, subject, tokens, plan.shard(0), writers)["activations"][n])
+    label = f"dumping {writers[0].header['split']}"
     with tqdm(total=plan.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
         with ThreadPoolExecutor(1) as background:
             pending = None
-            for index in range(writer.num_shards):
-                lock = writer.claim(index, wait)
-                if lock is None:
-                    continue
-                with ExitStack() as on_error:
-                    on_error.callback(lock.release)
-                    rows = _read_out(config, subject, tokens, plan.shard(index), bar.update)
+            for index in range(writers[0].num_shards):
+                with ExitStack() as locks:
+                    claimed = _claim(writers, index, wait, locks)
+                    if not claimed:
+                        continue
+                    rows = _read_out(config, subject, tokens, plan.shard(index), claimed, bar.update)
                     if pending is not None:
                         pending.result()
-                    on_error.pop_all()
-                pending = background.submit(_store, writer, index, rows, lock)
-                bar.n = max(bar.n, writer.rows_written())
+                    pending = background.submit(_store, claimed, index, rows, locks.pop_all())
+                bar.n = max(bar.n, min(writer.rows_written() for writer in writers))
+                bar.set_postfix_str(f"{_size(sum(writer.bytes_written() for writer in writers))} written", refresh=False)
             if pending is not None:
                 pending.result()
-        bar.n = writer.rows_written()
-    writer.finish()
+        bar.n = min(writer.rows_written() for writer in writers)
+    for writer in writers:
+        writer.finish()
 
 
-def _store(writer: ShardWriter, index: int, rows: dict[str, Tensor], lock: Lock) -> None:
-    try:
-        writer.write(index, {name: value.cpu() for name, value in rows.items()})
-    finally:
-        lock.release()
+def _claim(writers: list[ShardWriter], index: int, wait: bool, locks: ExitStack) -> list[ShardWriter]:
+    """The layers whose shard ``index`` is ours to write, until ``locks`` is closed."""
+    claimed = []
+    for writer in writers:
+        if lock := writer.claim(index, wait):
+            locks.callback(lock.release)
+            claimed.append(writer)
+    return claimed
+
+
+def _store(writers: list[ShardWriter], index: int, rows: dict, locks: ExitStack) -> None:
+    with locks:
+        for writer, activation_ND in zip(writers, rows.pop("activations"), strict=True):
+            writer.write(index, {**rows, "activation": activation_ND.cpu()})
 
 
 def _read_out(
-    config: Config, subject: Subject, tokens: datasets.Dataset, rows: Rows, progress: Callable[[int], object]
-) -> dict[str, Tensor]:
-    """The rows of one shard, from forward batches of documents of like length, each cut behind its last sampled position."""
-    settings = config.activation_dumper
-    ids_KC, doc_id_K = _contexts(tokens, rows.source_K, settings.seq_len)
-    length_K = np.zeros(len(rows.source_K), np.int64)
-    np.maximum.at(length_K, rows.document_N, rows.position_N + 1)
-    activation_ND = None
-    for documents, members, places in _forward_batches(rows, length_K, settings.batch_size):
-        width = min(settings.seq_len, -(-int(length_K[documents].max()) // 8) * 8)
-        ids_BC = torch.from_numpy(ids_KC[documents, :width]).long().to(subject.device)
-        resid_BCD = subject.residual(ids_BC)
-        if activation_ND is None:
-            activation_ND = resid_BCD.new_empty(len(rows.position_N), resid_BCD.shape[-1])
-        index = torch.from_numpy(np.stack([places, members, rows.position_N[places]])).to(subject.device)
-        activation_ND[index[0]] = resid_BCD[index[1], index[2]]
-        progress(len(places))
+    config: Config,
+    subject: Subject,
+    tokens: datasets.Dataset,
+    rows: Rows,
+    writers: list[ShardWriter],
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict:
+    """The rows of one shard: ``activations``, one ``[N, D]`` for each writer's layer, and what all layers share."""
+    (ids_KC, doc_id_K), batches = forward_batches(config, tokens, rows)
+    activations: list[Tensor] = []
+    for ids_BC, index in batches:
+        index = index.to(subject.device)
+        residuals = subject.residuals(ids_BC.to(subject.device), [writer.header["layer"] for writer in writers])
+        if not activations:
+            activations = [resid_BCD.new_empty(len(rows.position_N), resid_BCD.shape[-1]) for resid_BCD in residuals]
+        for activation_ND, resid_BCD in zip(activations, residuals, strict=True):
+            activation_ND[index[0]] = resid_BCD[index[1], index[2]]
+        progress(index.shape[1])
     return {
-        "activation": activation_ND,
+        "activations": activations,
         "input_ids": torch.from_numpy(ids_KC[rows.document_N]),
         "position": torch.from_numpy(rows.position_N),
         "doc_id": torch.from_numpy(doc_id_K[rows.document_N]),
     }
 
 
-def _forward_batches(rows: Rows, length_K: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def forward_batches(
+    config: Config, tokens: datasets.Dataset, rows: Rows
+) -> tuple[tuple[np.ndarray, np.ndarray], Iterator[tuple[Tensor, Tensor]]]:
+    """What the subject reads for some rows: documents of like length together, each batch cut behind its last sampled position.
+
+    Returns:
+        the documents' token ids ``[K, seq_len]`` and ``doc_id``; and for each batch its ids ``[B, C]`` and, for each row in it, the row's
+        place in the shard, its document in the batch, and its position ``[3, rows]``.
+    """
+    settings = config.activation_dumper
+    contexts = _contexts(tokens, rows.source_K, settings.seq_len)
+    length_K = np.zeros(len(rows.source_K), np.int64)
+    np.maximum.at(length_K, rows.document_N, rows.position_N + 1)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for documents, members, places in _groups(rows, length_K, settings.batch_size):
+            width = min(settings.seq_len, -(-int(length_K[documents].max()) // 8) * 8)
+            ids_BC = torch.from_numpy(contexts[0][documents, :width]).long()
+            yield ids_BC, torch.from_numpy(np.stack([places, members, rows.position_N[places]]))
+
+    return contexts, batches()
+
+
+def _groups(rows: Rows, length_K: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Documents of a forward batch, longest last; for each of their rows, which of these documents it is of, and its place in the shard."""
     order = np.argsort(length_K, kind="stable")
     rank = np.empty_like(order)

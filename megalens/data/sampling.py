@@ -55,6 +55,7 @@ class Plan:
         length_K: their lengths in tokens.
         seed: of all three random choices.
         rows: how many; None: all there are.
+        tokens: documents are taken only as long as their (cut) lengths add up to no more; None: all.
 
     Attributes:
         available: rows the documents can give.
@@ -72,11 +73,14 @@ class Plan:
         per_document: int,
         rows_per_shard: int,
         rows: int | None = None,
+        tokens: int | None = None,
     ):
         self._seed, self._min_pos, self._per_shard = seed, min_pos, rows_per_shard
         self._doc_id_K, self._length_K = doc_id_K, np.minimum(length_K, seq_len)
         count_K = np.clip(self._length_K - min_pos, 0, per_document)
         self._order = np.argsort(hash64(seed, _DOCUMENT, doc_id_K), kind="stable")
+        if tokens is not None:
+            self._order = self._order[: np.searchsorted(np.cumsum(self._length_K[self._order]), tokens, side="right")]
         self._ends = np.cumsum(count_K[self._order])
         self.available = int(self._ends[-1]) if len(self._ends) else 0
         self.rows = self.available if rows is None else min(rows, self.available)

@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class ShardWriter:
         self.folder, self.work = Path(folder), Path(folder) / ".work"
         self.header = {"format": FORMAT, "format_version": VERSION, **header}
         self.schema = _schema(self.header)
+        self._scale_D: np.ndarray | None = None
 
     @property
     def num_shards(self) -> int:
@@ -136,6 +137,26 @@ class ShardWriter:
             return None
         return lock
 
+    def calibrate(self, read: Callable[[], Tensor]) -> None:
+        """For ``int8``: agree with all other writers on the scale of each dimension; to be called before :meth:`write`.
+
+        Args:
+            read: gives activations ``[N, d]``; called by the first writer alone. The scale is their standard deviation.
+        """
+        if self.header["encoding"] != "int8" or self._scale_D is not None:
+            return
+        path = self.work / "scale.json"
+        try:
+            with Lock(self.work / "scale.lock"):
+                if not path.exists():
+                    deviation_D = read().float().cpu().double().numpy().std(0)
+                    scale_D = np.where(deviation_D > 0, deviation_D, 1).astype(np.float32)
+                    with new_file(path) as file:
+                        file.write(json.dumps(scale_D.tolist()).encode())
+                self._scale_D = np.array(json.loads(path.read_text()), np.float32)
+        except FileNotFoundError:  # the whole dump was finished meanwhile
+            return
+
     def is_written(self, index: int) -> bool:
         """Is shard ``index`` complete?"""
         return (self.work / f"{index:05d}.json").exists() or (self.folder / "meta.json").exists()
@@ -145,6 +166,10 @@ class ShardWriter:
         if (self.folder / "meta.json").exists():
             return self.header["rows"]
         return sum(len(self.shard_rows(int(path.stem))) for path in self.work.glob("[0-9]*.json"))
+
+    def bytes_written(self) -> int:
+        """Bytes of all complete shards."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.arrow"))
 
     def write(self, index: int, rows: dict[str, Tensor]) -> None:
         """Write shard ``index``, then the record that says it is complete.
@@ -157,7 +182,7 @@ class ShardWriter:
         Raises:
             DataError: an activation is not finite, or the disk is full.
         """
-        numbers, moments = self.shard_rows(index), None
+        numbers, moments, lost = self.shard_rows(index), None, np.zeros(2)
         if len(rows["activation"]) != len(numbers):
             raise ValueError(f"shard {index} holds {len(numbers)} rows, not {len(rows['activation'])}")
         with new_file(self.folder / shard_name(index), self.work) as file:
@@ -165,14 +190,18 @@ class ShardWriter:
             with pa.PythonFile(file, "w") as sink, pa.ipc.new_file(sink, self.schema, options=options) as writer:
                 for first in range(0, len(numbers), self.header["rows_per_batch"]):
                     part = {name: value[first : first + self.header["rows_per_batch"]] for name, value in rows.items()}
-                    stored = part["activation"] if self.header["encoding"] == "fp32" else part["activation"].bfloat16()
-                    if not stored.isfinite().all():
+                    if not part["activation"].to(_kept_precision(self.header["encoding"])).isfinite().all():
                         raise DataError(f"activations of layer {self.header['layer']} hold NaN or infinity; try dtype=fp32")
-                    writer.write_batch(_encode(part, numbers[first], self.header, self.schema))
+                    record = _encode(part, numbers[first], self.header, self.schema, self._scale_D)
+                    writer.write_batch(record)
+                    stored = decode_activation(record, self.header["encoding"], self._scale_D)
+                    if self._scale_D is not None:
+                        error_ND = (stored - part["activation"].float()).double().numpy()
+                        lost += [(error_ND**2).sum(), ((error_ND / self._scale_D) ** 2).sum()]
                     moments = Moments.of(stored) if moments is None else moments + Moments.of(stored)
         record = {"file": shard_name(index), "rows": len(numbers), "bytes": file.bytes, "checksum": file.checksum}
         with new_file(self.work / f"{index:05d}.json") as file:
-            file.write(json.dumps({"shard": record, "moments": moments.to_json()}).encode())
+            file.write(json.dumps({"shard": record, "moments": moments.to_json(), "lost": lost.tolist()}).encode())
 
     def finish(self) -> bool:
         """Write ``meta.json`` if every shard is written; False if one is missing."""
@@ -185,6 +214,11 @@ class ShardWriter:
                 for record in records[1:]:
                     moments = moments + Moments.from_json(record["moments"])
                 meta = {**self.header, "shards": [record["shard"] for record in records], **moments.summary()}
+                if self.header["encoding"] == "int8":
+                    lost, scale = sum(np.array(record["lost"]) for record in records), json.loads((self.work / "scale.json").read_text())
+                    raw, scaled = sum(meta["variance"]), sum(np.array(meta["variance"]) / np.array(scale) ** 2)
+                    losses = (lost / (meta["rows"] * np.maximum([raw, scaled], np.finfo(float).tiny))).tolist()
+                    meta |= {"int8_scale": scale, "fve_loss": losses[0], "fve_std_loss": losses[1]}
                 with new_file(self.folder / "meta.json", self.work) as file:
                     file.write(render_meta(meta).encode())
             shutil.rmtree(self.work, ignore_errors=True)
@@ -244,13 +278,17 @@ def _schema(header: dict) -> pa.Schema:
     return pa.schema(fields, metadata={"format": FORMAT, "format_version": str(VERSION)})
 
 
-def _encode(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Schema) -> pa.RecordBatch:
+def _kept_precision(encoding: str) -> torch.dtype:
+    return torch.bfloat16 if encoding.startswith("bf16") else torch.float32
+
+
+def _encode(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Schema, scale_D: np.ndarray | None) -> pa.RecordBatch:
     count, position_N = len(rows["position"]), rows["position"].numpy()
     ids_NC = rows["input_ids"].numpy()
     tokens = ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]].astype(header["token_type"])
     offsets = np.concatenate([[0], np.cumsum(position_N + 1)]).astype(np.int32)
     columns = [
-        *encode_activation(rows["activation"], header["encoding"]),
+        *encode_activation(rows["activation"], header["encoding"], scale_D),
         pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
         pa.array(position_N.astype(np.int32)),
         pa.array(np.full(count, header["layer"], np.int32)),
@@ -292,6 +330,7 @@ class ShardReader:
         self.mean, self.var, self.mean_normalised = (
             torch.tensor(self.meta[name], dtype=torch.float64).float() for name in ("mean", "variance", "mean_normalised")
         )
+        self._scale_D = np.array(self.meta["int8_scale"], np.float32) if self.meta["encoding"] == "int8" else None
         self._verified: set[int] = set()
         self._begin()
 
@@ -327,7 +366,7 @@ class ShardReader:
         ids_NC = np.zeros((len(record), self.meta["seq_len"]), np.int32)
         ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]] = record["input_ids"].flatten().to_numpy()
         return {
-            "activation": decode_activation(record, self.meta["encoding"]),
+            "activation": decode_activation(record, self.meta["encoding"], self._scale_D),
             "input_ids": torch.from_numpy(ids_NC),
             "position": torch.from_numpy(position_N),
             "doc_id": torch.tensor(record["doc_id"].to_numpy()),

@@ -64,6 +64,19 @@ class Subject(nn.Module):
             return self._lower(input_ids_BC)[0]
 
     @torch.no_grad()
+    def residuals(self, input_ids_BC: Tensor, layers: list[int]) -> list[Tensor]:
+        """Residual streams ``[B, C, D]`` after each of some blocks (ascending), in one pass."""
+        result, done = [], 0
+        with adapter(self.lm, None):
+            positions = torch.arange(input_ids_BC.shape[1], device=input_ids_BC.device)[None]
+            hidden = self.lm.enter(self.lm.embed(input_ids_BC), positions)
+            for layer in layers:
+                hidden = self.lm.run(hidden, done, layer + 1, positions)
+                result.append(hidden)
+                done = layer + 1
+        return result
+
+    @torch.no_grad()
     def read(self, input_ids_BC: Tensor, position_B: Tensor) -> Read:
         """Read right-padded contexts once.
 
