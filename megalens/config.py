@@ -170,6 +170,15 @@ class Checkpoint:
 
 
 @dataclass
+class EarlyTermination:
+    """Ending a training before its time, as sweeps do with trials that promise little."""
+
+    steps: str | None = setting(
+        None, "end here, a duration; schedules keep the full length, and the same run can go on later. null: at the end"
+    )
+
+
+@dataclass
 class Wandb:
     """Weights & Biases."""
 
@@ -252,6 +261,7 @@ class Config:
 
     validation: Validation = setting(Validation(), "held-out measurements while training")
     checkpoint: Checkpoint = setting(Checkpoint(), "saving and resuming")
+    early_termination: EarlyTermination = setting(EarlyTermination(), "ending before the end")
     log_interval: str = setting("10s", "how often training metrics are logged")
     detect_anomaly: bool = setting(False, "check hidden states for NaN and infinity and name the sample and token")
     wandb: Wandb = setting(Wandb(), "Weights & Biases")
@@ -373,6 +383,8 @@ def _merge_file(base, path: Path, seen: tuple[Path, ...]):
 
 def _merge_argument(base, argument: str):
     key, value = argument.split("=", 1)
+    if value == "None":  # how W&B's agent writes a null
+        argument, value = f"{key}=null", "null"
     if value == "":
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
     _check_key(key, "the command line")
@@ -510,7 +522,14 @@ def validate(config: Config) -> None:
         _require(_get(config, key) is None or _get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0, or null")
     for key in not_negative:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")
-    for key in ["lr_scheduler.warmup_steps", "validation.interval", "checkpoint.save_interval", "log_interval", "max_train_steps"]:
+    for key in [
+        "lr_scheduler.warmup_steps",
+        "validation.interval",
+        "checkpoint.save_interval",
+        "log_interval",
+        "max_train_steps",
+        "early_termination.steps",
+    ]:
         _check_duration(key, _get(config, key))
     for key in ["gumbel_tau_schedule", "alpha_schedule"]:
         _check_duration(f"{key}.constant_steps_before_decay", _get(config, key).constant_steps_before_decay)

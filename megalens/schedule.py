@@ -16,11 +16,20 @@ _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(os|s|steps|e|epochs)?\s*$")
 
 @dataclass(frozen=True)
 class Clock:
-    """How steps relate: micro-steps per epoch and per optimizer step, and how many micro-steps the training has."""
+    """How steps relate: micro-steps per epoch and per optimizer step, and how many micro-steps the training has.
+
+    ``early_end`` is the micro-step at which it ends all the same (None: at its end); schedules go by ``total_steps``.
+    """
 
     steps_per_epoch: int
     steps_per_update: int
     total_steps: int
+    early_end: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The micro-step at which this training ends."""
+        return self.total_steps if self.early_end is None else min(self.total_steps, self.early_end)
 
     @property
     def total_updates(self) -> int:

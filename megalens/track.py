@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megalens.config import Config
+from megalens.sweep.trial import sweep_id
 
 _LINE_EVERY = 5.0  # seconds between two progress lines where there is no terminal
 
@@ -128,8 +130,10 @@ class Tracker:
             self._run.log({"val/examples": wandb.Table(columns, [[row[c] for c in columns] for row in examples]), "step": step})
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the run."""
+        """Finish the run; a sweep's trial that its Slurm job takes down with it is handed out again by W&B."""
         if self._run is not None:
+            if sweep_id() and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM:
+                self._run.mark_preempting()
             self._run.finish(exit_code=exit_code)
 
 

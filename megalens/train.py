@@ -6,7 +6,8 @@
 
 Every key is described in conf/config.yaml. The activations must have been dumped (tools/dump_acts.py; tools/run_pipeline.py does both).
 The run lies in outputs/<run_name>/: checkpoints, the links last and best, metrics.jsonl, wandb/. The same command again goes on from the
-last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints.
+last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints. Under `wandb agent` the run is called
+<run_name>-<the trial's W&B id>, so that trials keep apart and one that was preempted goes on.
 
 Exit codes: 0 finished; 1 an error, told in one line; 143, 138 or 130 stopped by SIGTERM, SIGUSR1 (ahead of a time limit) or Ctrl-C
 behind a saved checkpoint (a second Ctrl-C stops at once, without saving).
@@ -31,8 +32,9 @@ def main(arguments: list[str]) -> int:
     from megalens.config import load_config
     from megalens.engine import join_ranks, leave_ranks
     from megalens.preflight import check_ready
+    from megalens.sweep.trial import as_trial
 
-    config = load_config(arguments)
+    config = as_trial(load_config(arguments))
     device = check_ready(config)
     join_ranks(device)
     try:
@@ -61,7 +63,8 @@ def train(config) -> int:
     start = find_start(config, folder, loader, same)
     if is_finished(start.progress, clock):
         if rank == 0:
-            print(f"{config.run_dir} is finished: {clock.total_steps} micro-steps; max_train_steps trains it longer", file=sys.stderr)
+            longer = "max_train_steps" if clock.last_step == clock.total_steps else "early_termination.steps"
+            print(f"{config.run_dir} is finished: {clock.last_step} micro-steps; {longer} trains it longer", file=sys.stderr)
         return 0
 
     lens = build_lens(config, start.statistics.mean, start.statistics.var)
@@ -72,7 +75,7 @@ def train(config) -> int:
         engine.load_state(start.optimizer)
     validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
     run = Run.open(config, folder, start.progress, clock) if engine.is_main else Run(folder)
-    run.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.total_steps} micro-steps")
+    run.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.last_step} micro-steps")
     code = 1
     try:
         stopped_by = Trainer(config, engine, lens, loader, validator, start.statistics, start.progress, same, run).fit()

@@ -68,7 +68,7 @@ class Run:
         curve = Curve(config.run_dir / "metrics.jsonl", progress.curve_lines)
         tracker = Tracker(config, progress.wandb_run)
         progress.wandb_run = tracker.run_id
-        return cls(folder, curve, tracker, Console(config.run_dir.name, clock.total_steps, progress.step))
+        return cls(folder, curve, tracker, Console(config.run_dir.name, clock.last_step, progress.step))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Figures at a micro-step."""
@@ -95,7 +95,7 @@ class Run:
 
 
 def clock_of(config: Config, steps_per_epoch: int) -> Clock:
-    """The training's clock; its length is cut to whole optimizer steps.
+    """The training's clock; its length is cut to whole optimizer steps, and ``early_termination.steps`` rounded up to them.
 
     Raises:
         TrainingError: it is shorter than one optimizer step.
@@ -109,7 +109,11 @@ def clock_of(config: Config, steps_per_epoch: int) -> Clock:
             f"{key}={getattr(config, key)} is less than one optimizer step: an epoch is {steps_per_epoch} micro-steps, "
             f"an optimizer step {accumulation} (gradient_accumulation_steps)"
         )
-    return Clock(steps_per_epoch, accumulation, total)
+    clock = Clock(steps_per_epoch, accumulation, total)
+    if config.early_termination.steps is None:
+        return clock
+    updates = math.ceil(duration_steps(config.early_termination.steps, clock) / accumulation)
+    return dataclasses.replace(clock, early_end=updates * accumulation)
 
 
 class Trainer:
@@ -160,7 +164,7 @@ class Trainer:
         with StopSignals() as signals:
             while True:
                 stop = max(self.engine.gather(signals.received or 0)) if self.engine.any(signals.received is not None) else 0
-                at_end = self.progress.step >= self.clock.total_steps
+                at_end = self.progress.step >= self.clock.last_step
                 improved = not stop and self._validate_if_due(at_end)
                 self._save_if_due(stop or at_end or improved)
                 if stop or at_end:
@@ -210,7 +214,7 @@ class Trainer:
     def _log_if_due(self, step: int) -> None:
         """``step`` is where the optimizer step just taken began."""
         p = self.progress
-        if not (_crossed(self.intervals["log"], step, p.step) or p.step == self.clock.total_steps) or not p.window_size:
+        if not (_crossed(self.intervals["log"], step, p.step) or p.step == self.clock.last_step) or not p.window_size:
             return
         figures = {f"train/{name}": value / p.window_size for name, value in p.window.items()}
         at, now = self._at(step), time.monotonic()
@@ -296,7 +300,7 @@ class Trainer:
 
 def is_finished(progress: Progress, clock: Clock) -> bool:
     """Has a training reached its end, its last validation and save included?"""
-    return progress.step >= clock.total_steps and progress.validated == progress.saved == progress.step
+    return progress.step >= clock.last_step and progress.validated == progress.saved == progress.step
 
 
 def _crossed(interval: int, before: int, now: int) -> bool:

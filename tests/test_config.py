@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megalens.config import Config, ConfigError, config_from_dict, config_to_yaml, load_config
+from megalens.config import Config, ConfigError, Schedule, config_from_dict, config_to_yaml, load_config
 
 
 def write(path, text):
@@ -226,3 +226,17 @@ def test_a_misspelt_file_names_its_neighbour(tmp_path):
 
 def test_an_empty_file_changes_nothing(tmp_path):
     assert load_config([write(tmp_path / "empty.yaml", ""), "run_name=x"]) == load_config(["run_name=x"])
+
+
+@pytest.mark.parametrize(
+    "argument, key, value",
+    [
+        ("--max_train_steps=None", "max_train_steps", None),
+        ("--betas=[0.8, 0.9]", "betas", [0.8, 0.9]),
+        ("--force_redump=True", "force_redump", True),
+        ("--learning_rate=1e-05", "learning_rate", 1e-5),
+        ("--alpha_schedule={'value': 0.2}", "alpha_schedule", Schedule(value=0.2)),
+    ],
+)
+def test_values_as_wandbs_agent_writes_them(argument, key, value):
+    assert getattr(load_config(["max_train_steps=5s", argument]), key) == value

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import run_pipeline
 from conftest import ROOT
 
 from megalens.config import ConfigError
+from megalens.data.files import Lock
 
 STAGE = """
 import os, pathlib, signal, sys, time
@@ -23,7 +25,8 @@ def stop(number, frame):
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
-note(" ".join(sys.argv[1:]))
+shown = [str(os.environ.get(name)) for name in os.environ.get("STAGE_SHOWS", "").split()]
+note(" ".join([*sys.argv[1:], *shown]))
 if os.environ.get("STAGE_FAILS") == name:
     sys.exit("error: the disk is full")
 if os.environ.get("STAGE_WAITS") == name:
@@ -33,7 +36,7 @@ if os.environ.get("STAGE_WAITS") == name:
 DRIVER = """
 import sys, pathlib, run_pipeline
 run_pipeline.ROOT = pathlib.Path(sys.argv[1])
-run_pipeline.data_stages = lambda config: iter([("pretokenize.py", config.pretokenized_dir, "is missing")])
+run_pipeline.data_stages = lambda config: iter([("pretokenize.py", config.pretokenized_dir, lambda: "is missing")])
 run_pipeline.cli.run(lambda _: run_pipeline.main(["config=conf/tiny.yaml"]), "")
 """
 
@@ -56,8 +59,8 @@ def stages(checkout, tmp_path, monkeypatch):
 
 def reasons(monkeypatch, pretokenized, dumped):
     def data_stages(config):
-        yield "pretokenize.py", config.pretokenized_dir, pretokenized
-        yield "dump_acts.py", config.activation_dir("train"), dumped
+        yield "pretokenize.py", config.pretokenized_dir, lambda: pretokenized
+        yield "dump_acts.py", config.activation_dir("train"), lambda: dumped
 
     monkeypatch.setattr(run_pipeline, "data_stages", data_stages)
 
@@ -107,7 +110,7 @@ def test_deepspeed_is_started_by_its_own_launcher(checkout, monkeypatch):
     (phase,) = run_pipeline.plan(["config=conf/tiny.yaml", "--deepspeed", "z1.json"])
     launcher = run_pipeline.launcher(phase.config)
     assert Path(launcher[0]).name == "deepspeed"
-    assert Path(launcher[1]).name == "train.py"
+    assert Path(launcher[-1]).name == "train.py"
 
 
 # ------------------------------------------------------------------------------------------------------------ the stages
@@ -131,6 +134,48 @@ def test_force_redump_makes_the_data_anew_once(stages, monkeypatch):
         "train config=conf/tiny_warmstart.yaml",
         "train config=conf/tiny_from_warmstart.yaml",
     ]
+
+
+def test_a_sweeps_trials_redump_once_and_train_in_folders_of_their_own(stages, monkeypatch, capfd):
+    reasons(monkeypatch, None, None)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    for trial in ("one", "two"):
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        run_pipeline.main(["config=conf/tiny_from_warmstart.yaml", "force_redump=true"])
+        assert f"outputs/tiny_from_warmstart-{trial}/best" in capfd.readouterr().err
+    assert [line.split()[0] for line in stages()] == ["pretokenize", "dump_acts", "train", "train", "train", "train"]
+    assert (stages()[0].split()[-1], stages()[1].split()[-1]) == ("force_redump=true", "force_redump=true")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep2")
+    run_pipeline.main(["config=conf/tiny_from_warmstart.yaml", "force_redump=true"])
+    assert [line.split()[0] for line in stages()[6:]] == ["pretokenize", "dump_acts", "train", "train"]
+
+
+def test_a_warm_start_is_no_trial_of_the_sweep_and_the_training_is(stages, monkeypatch):
+    reasons(monkeypatch, None, None)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    monkeypatch.setenv("STAGE_SHOWS", "WANDB_RUN_ID")
+    run_pipeline.main(["config=conf/tiny_from_warmstart.yaml"])
+    assert stages() == ["train config=conf/tiny_warmstart.yaml None", "train config=conf/tiny_from_warmstart.yaml one"]
+
+
+def test_one_pipeline_makes_the_data_and_the_other_waits_and_reuses_it(stages, checkout, monkeypatch, capfd):
+    made = checkout / "made"
+    monkeypatch.setattr(run_pipeline, "data_stages", lambda config: iter([("dump_acts.py", made, lambda: None if made.exists() else "?")]))
+    lock = Lock(checkout / ".made.pipeline")
+    lock.acquire(wait=True)
+
+    def other_pipeline():
+        wait_until(lambda: "waiting" in (said.append(capfd.readouterr().err) or "".join(said)))
+        made.mkdir()
+        lock.release()
+
+    said = []
+    other = threading.Thread(target=other_pipeline)
+    other.start()
+    run_pipeline.main(["config=conf/tiny.yaml"])
+    other.join()
+    assert stages() == ["train config=conf/tiny.yaml"]
 
 
 def test_a_failing_stage_ends_the_pipeline_with_its_error_and_code(stages, monkeypatch, capfd):

@@ -1,6 +1,7 @@
 """Curves, console and W&B."""
 
 import json
+import signal
 
 import pytest
 from tiny_run import tiny_config
@@ -74,6 +75,18 @@ def test_online_tracker_that_can_not_log_in_says_how_to_go_on_in_one_line(tmp_pa
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(TrackingError, match=r"\(no answer\); log in with `wandb login`, or set wandb.mode=offline"):
         Tracker(tiny_config(tmp_path, wandb=Wandb(mode="online")))
+
+
+@pytest.mark.parametrize("variables, marked", [({"WANDB_SWEEP_ID": "s", "SLURM_JOB_ID": "1"}, True), ({"WANDB_SWEEP_ID": "s"}, False)])
+def test_a_trial_that_its_slurm_job_takes_down_asks_to_be_handed_out_again(tmp_path, monkeypatch, variables, marked):
+    import wandb
+
+    calls = []
+    monkeypatch.setattr(wandb.Run, "mark_preempting", lambda run: calls.append(run.id))
+    for name, value in {"WANDB_RUN_ID": "trial7", **variables}.items():
+        monkeypatch.setenv(name, value)
+    Tracker(tiny_config(tmp_path, wandb=Wandb(mode="offline"))).close(128 + signal.SIGTERM)
+    assert calls == ["trial7"] * marked
 
 
 def test_configuration_is_logged_whole(tmp_path, monkeypatch):

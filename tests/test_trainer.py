@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import make_subject_and_dump, tiny_config
 
 import megalens.trainer
-from megalens.config import Checkpoint, Validation
+from megalens.config import Checkpoint, EarlyTermination, Validation
 from megalens.engine.local import LocalEngine
 from megalens.schedule import Clock
 from megalens.track import read_curve
@@ -247,6 +247,25 @@ def test_clock_counts_whole_optimizer_steps():
     config.max_train_steps = "3s"
     with pytest.raises(TrainingError, match="max_train_steps=3s is less than one optimizer step"):
         clock_of(config, 8)
+
+
+def test_early_termination_ends_it_there_and_a_later_end_goes_on_as_if_nothing_had_happened(folder, undisturbed):
+    config = tiny_config(folder, "early", early_termination=EarlyTermination(steps="3os"))
+    assert train(config) == 0
+    assert read_curve(config.run_dir / "metrics.jsonl")[-1]["step"] == 6
+    assert (config.run_dir / "last").resolve().name == "step-00000006"
+    assert train(config) == 0, "nothing left to do"
+    assert train(tiny_config(folder, "early")) == 0
+    mine, theirs = weights(config), weights(undisturbed)
+    assert all(bool((mine[name] == theirs[name]).all()) for name in theirs)
+
+
+def test_early_end_is_rounded_up_to_whole_optimizer_steps_and_changes_no_schedule():
+    config = tiny_config_of(max_train_steps="40s", gradient_accumulation_steps=4, early_termination=EarlyTermination(steps="5s"))
+    assert clock_of(config, 5).last_step == 8
+    assert clock_of(config, 5).total_steps == 40
+    config.early_termination.steps = "9e"
+    assert clock_of(config, 5).last_step == 40
 
 
 def tiny_config_of(**keys):

@@ -6,6 +6,9 @@
 
 When the config's init_from names another config, that one's training runs first (and so on down the line). key=value settings hold for
 the last training; those that say which data and which lens it is (model_name, layer_l, t_text, dataset.*, ...) for the earlier ones too.
+It is also the program of a sweep's trials: several at a time share one dump and one warm start, made by whoever comes first, and
+force_redump=true makes the data anew once per sweep.
+
 Each stage is a command of its own and is printed before it runs. Ctrl-C and SIGTERM let the running stage finish cleanly, and the
 same command goes on from there.
 """
@@ -17,13 +20,18 @@ import dataclasses
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megalens import cli
 from megalens.config import Config, ConfigError, load_config
+from megalens.data.files import Lock
+from megalens.sweep.trial import as_trial, outside_the_sweep, sweep_id
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a warm start must have in common with the training that starts from it: the data and the lens.
@@ -51,25 +59,40 @@ class Phase:
 
 
 def main(arguments: list[str]) -> int:
-    phases = plan(arguments)
+    *earlier, last = plan(arguments)
     runner = Runner()
-    force = phases[-1].config.force_redump
     made: set[Path] = set()
-    for phase in phases:
-        config = phase.config
-        for tool, target, why_not in data_stages(config):
-            forced = force and target not in made
+    for phase in (*earlier, last):
+        for tool, target, problem in data_stages(phase.config):
+            with runner.turn_at(target):
+                prepare(runner, phase, tool, target, problem(), last.config.force_redump and target not in made)
             made.add(target)
-            if why_not is None and not forced:
-                say(f"{target}: valid, reusing it")
-                continue
-            say(f"{target}: {'made anew, as force_redump=true asks' if forced else why_not}")
-            runner.run([sys.executable, str(ROOT / "tools" / tool), *phase.arguments, *(["force_redump=true"] if forced else [])])
-        say(f"{config.run_dir}: training")
-        runner.run([*launcher(config), *phase.arguments])
-    best = phases[-1].config.run_dir / "best"
-    say(f"trained; measure the best checkpoint: python tools/eval.py checkpoint={best}")
+        if phase is not last:
+            with runner.turn_at(phase.config.run_dir):
+                train(runner, phase, outside_the_sweep())
+    train(runner, last)
+    say(f"trained; measure the best checkpoint: python tools/eval.py checkpoint={as_trial(last.config).run_dir / 'best'}")
     return 0
+
+
+def prepare(runner: Runner, phase: Phase, tool: str, target: Path, why_not: str | None, force: bool) -> None:
+    """Make a stage's data when it is missing or asked for; for a sweep that asks, once."""
+    note = target.parent / f".{target.name}.sweep"
+    if force and sweep_id() and note.is_file() and note.read_text() == sweep_id():
+        force = False
+    if why_not is None and not force:
+        say(f"{target}: valid, reusing it")
+        return
+    say(f"{target}: {'made anew, as force_redump=true asks' if force else why_not}")
+    runner.run([sys.executable, str(ROOT / "tools" / tool), *phase.arguments, *(["force_redump=true"] if force else [])])
+    if force and sweep_id():
+        note.write_text(sweep_id())
+
+
+def train(runner: Runner, phase: Phase, environment: dict[str, str] | None = None) -> None:
+    """Run a training."""
+    say(f"{phase.config.run_dir if environment else as_trial(phase.config).run_dir}: training")
+    runner.run([*launcher(phase.config), *phase.arguments], environment)
 
 
 def plan(arguments: list[str]) -> list[Phase]:
@@ -92,14 +115,16 @@ def plan(arguments: list[str]) -> list[Phase]:
     return phases
 
 
-def data_stages(config: Config) -> Iterator[tuple[str, Path, str | None]]:
-    """(tool, what it makes, why what is there does not serve). Lazy: a dump is checked after its text is there."""
+def data_stages(config: Config) -> Iterator[tuple[str, Path, Callable[[], str | None]]]:
+    """(tool, what it makes, what tells why that which is there does not serve)."""
     from megalens.data import dump, pretokenize
 
-    yield "pretokenize.py", config.pretokenized_dir, pretokenize.is_current(config)
-    problems = ((split, dump.check(config, split)) for split in ("train", "val"))
-    why_not = next((f"{split} split: {problem}" for split, problem in problems if problem is not None), None)
-    yield "dump_acts.py", config.activation_dir("train"), why_not
+    def dump_problem() -> str | None:
+        problems = ((split, dump.check(config, split)) for split in ("train", "val"))
+        return next((f"{split} split: {problem}" for split, problem in problems if problem is not None), None)
+
+    yield "pretokenize.py", config.pretokenized_dir, lambda: pretokenize.is_current(config)
+    yield "dump_acts.py", config.activation_dir("train"), dump_problem
 
 
 def launcher(config: Config) -> list[str]:
@@ -110,7 +135,14 @@ def launcher(config: Config) -> list[str]:
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if found is None:
         raise ConfigError(f"deepspeed={config.deepspeed}, but the deepspeed command is not installed: pip install -e '.[deepspeed]'")
-    return [found, str(ROOT / "megalens" / "train.py")]
+    return [found, "--master_port", str(free_port()), str(ROOT / "megalens" / "train.py")]
+
+
+def free_port() -> int:
+    """A port that nobody listens on: several trainings on one machine each need their own."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -144,8 +176,30 @@ class Runner:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
-    def run(self, command: list[str]) -> None:
-        """Run a stage to its end.
+    @contextmanager
+    def turn_at(self, target: Path) -> Iterator[None]:
+        """While entered, no other pipeline makes ``target``; waits until it is free."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(target.parent / f".{target.name}.pipeline")
+        waits = False
+        while not lock.acquire(wait=False):
+            if not waits:
+                say(f"{target}: another pipeline is making it, waiting")
+            waits = True
+            time.sleep(0.5)
+            self._leave_if_stopped()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _leave_if_stopped(self) -> None:
+        if self.stopped_by is not None:
+            say("stopped; the same command goes on from here")
+            sys.exit(128 + self.stopped_by)
+
+    def run(self, command: list[str], environment: dict[str, str] | None = None) -> None:
+        """Run a stage to its end, in this process's environment unless another is given.
 
         Raises:
             SystemExit: the stage failed (its exit code), or a signal stopped it (128 + signal). It has printed its own error.
@@ -153,14 +207,13 @@ class Runner:
         if self.stopped_by is None:
             say("$ " + shlex.join(command))
             # Own session: Ctrl-C reaches the stage once, through us, and not a second time through the terminal.
-            self.stage = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+            self.stage = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
             code = self.stage.wait()
             self.stage = None
-        if self.stopped_by is not None:
-            say("stopped; the same command goes on from here")
-            sys.exit(128 + self.stopped_by)
+        self._leave_if_stopped()
         if code:
-            say(f"{Path(command[1]).name} failed; the same command goes on from here once that is mended")
+            name = next(Path(part).name for part in command if part.endswith(".py"))
+            say(f"{name} failed; the same command goes on from here once that is mended")
             sys.exit(code if code > 0 else 128 - code)
 
     def _stop(self, number: int, _frame) -> None:

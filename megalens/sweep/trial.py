@@ -1,0 +1,28 @@
+"""A training that is one trial of a W&B sweep: what its agent tells it through the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from megalens.config import Config
+
+VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+
+
+def sweep_id() -> str | None:
+    """The W&B sweep that this process is a trial of."""
+    return os.environ.get("WANDB_SWEEP_ID") or None
+
+
+def as_trial(config: Config) -> Config:
+    """Under an agent, the configuration with a run folder of the trial's own: the same one when W&B hands the trial out again."""
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if sweep_id() is None or not run_id:
+        return config
+    return dataclasses.replace(config, run_name=f"{config.run_name or 'run'}-{run_id}")
+
+
+def outside_the_sweep() -> dict[str, str]:
+    """The environment without what makes a training the sweep's trial, for trainings that all its trials share."""
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES}
