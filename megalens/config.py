@@ -184,7 +184,9 @@ class Wandb:
 
     project: str = setting("megalens", "project")
     entity: str | None = setting(None, "user or team")
-    mode: str = setting("offline", "offline | online | disabled", ("offline", "online", "disabled"))
+    mode: str = setting(
+        "offline", "offline | online | disabled; under `wandb agent` online, unless WANDB_MODE is set", ("offline", "online", "disabled")
+    )
 
 
 @dataclass

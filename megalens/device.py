@@ -20,6 +20,12 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(
             "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
         )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device == "auto" and not available and given not in ("", "-1"):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={given} gives this process a GPU, but PyTorch sees none: a dead GPU or driver (try nvidia-smi), or a "
+            "PyTorch without CUDA; device=cpu runs without"
+        )
     if device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,8 +1,10 @@
-"""Stopping cleanly: a signal is remembered, and the training stops behind the step it is in."""
+"""Stopping cleanly: a signal is remembered, and the training stops behind the step it is in; children stop with their parent."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import time
 
 _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: Slurm's warning ahead of the time limit
@@ -34,3 +36,12 @@ class StopSignals:
             self.received, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > _IMPATIENCE:
             raise KeyboardInterrupt
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent() -> None:
+    """For ``preexec_fn``: on Linux, a child whose parent is killed is told to stop, so that the next attempt finds nobody at work."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

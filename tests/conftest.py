@@ -5,6 +5,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core already; threads would only take turns
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def checkout(tmp_path, tiny_data, monkeypatch) -> Path:
     """The working folder of a user who ran ``make_tiny``: the repository's files, own data and outputs, nobody else's."""
-    for name in ("megalens", "tools", "conf", "ds_configs", "benchmarks", "slurm"):
+    for name in ("megalens", "tools", "conf", "ds_configs", "benchmarks", "slurm", "sweeps"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     for name in ("models", "corpus"):
@@ -38,6 +39,27 @@ def checkout(tmp_path, tiny_data, monkeypatch) -> Path:
         (tmp_path / "data" / name).symlink_to(tiny_data / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_dump(tmp_path_factory, tiny_data) -> Path:
+    """A folder ``data`` with the tokens and activations of conf/tiny.yaml; read only."""
+    folder = tmp_path_factory.mktemp("dumped")
+    (folder / "data").mkdir()
+    for name in ("models", "corpus"):
+        (folder / "data" / name).symlink_to(tiny_data / name)
+    for tool in ("pretokenize.py", "dump_acts.py"):
+        command = [sys.executable, str(ROOT / "tools" / tool), f"config={ROOT / 'conf' / 'tiny.yaml'}"]
+        subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    return folder / "data"
+
+
+@pytest.fixture
+def dumped_checkout(checkout, tiny_dump) -> Path:
+    """A :func:`checkout` in which conf/tiny.yaml is pretokenized and dumped."""
+    for name in ("pretokenized", "activations"):
+        (checkout / "data" / name).symlink_to(tiny_dump / name)
+    return checkout
 
 
 @pytest.fixture

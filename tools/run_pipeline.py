@@ -15,7 +15,6 @@ same command goes on from there.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import shlex
 import shutil
@@ -31,6 +30,7 @@ from pathlib import Path
 from megalens import cli
 from megalens.config import Config, ConfigError, load_config
 from megalens.data.files import Lock
+from megalens.signals import end_with_parent
 from megalens.sweep.trial import as_trial, outside_the_sweep, sweep_id
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +207,7 @@ class Runner:
         if self.stopped_by is None:
             say("$ " + shlex.join(command))
             # Own session: Ctrl-C reaches the stage once, through us, and not a second time through the terminal.
-            self.stage = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+            self.stage = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
             code = self.stage.wait()
             self.stage = None
         self._leave_if_stopped()
@@ -220,12 +220,6 @@ class Runner:
         self.stopped_by = number
         if self.stage is not None:
             self.stage.send_signal(number)
-
-
-def _end_with_parent() -> None:
-    """On Linux, a stage whose pipeline is killed is told to stop, so that the next attempt finds nobody at work."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def say(line: str) -> None:

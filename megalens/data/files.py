@@ -169,6 +169,10 @@ class Lock:
                 return True
             os.close(descriptor)  # the file was removed while we waited for it
 
+    def fileno(self) -> int:
+        """The open descriptor; a process that inherits it holds the lock as well."""
+        return self._descriptor
+
     def release(self) -> None:
         """Free the lock; its file stays."""
         if self._descriptor >= 0:

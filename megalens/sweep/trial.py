@@ -16,11 +16,16 @@ def sweep_id() -> str | None:
 
 
 def as_trial(config: Config) -> Config:
-    """Under an agent, the configuration with a run folder of the trial's own: the same one when W&B hands the trial out again."""
+    """Under an agent, the configuration with a run folder of the trial's own: the same one when W&B hands the trial out again.
+
+    It logs online, as the sweep's server waits for its metric, unless the environment's WANDB_MODE says otherwise.
+    """
     run_id = os.environ.get("WANDB_RUN_ID")
     if sweep_id() is None or not run_id:
         return config
-    return dataclasses.replace(config, run_name=f"{config.run_name or 'run'}-{run_id}")
+    mode = config.wandb.mode if config.wandb.mode == "disabled" else os.environ.get("WANDB_MODE", "online")
+    wandb = dataclasses.replace(config.wandb, mode=mode)
+    return dataclasses.replace(config, run_name=f"{config.run_name or 'run'}-{run_id}", wandb=wandb)
 
 
 def outside_the_sweep() -> dict[str, str]:
