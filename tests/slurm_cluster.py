@@ -148,7 +148,7 @@ class SlurmCluster:
         """What the controller knows of a job: JobState, Restarts, Dependency, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", number)))
 
-    def wait_job(self, number: str, seconds: float = 120) -> dict[str, str]:
+    def wait_job(self, number: str, seconds: float = 240) -> dict[str, str]:
         """The job when it has ended."""
         self.wait(lambda: self.job(number)["JobState"] in FINAL, f"job {number}", seconds)
         return self.job(number)

@@ -26,9 +26,10 @@ def main(arguments: list[str]) -> None:
     force = phases[-1].config.force_redump
     planned: set[Path] = set()
     for phase in phases:
-        for tool, target, why_not in data_stages(phase.config):
+        for tool, target, problem in data_stages(phase.config):
             if target in planned:
                 continue
+            why_not = problem()
             if force or why_not is not None:
                 planned.add(target)
                 say(f"{target}: {'made anew, as force_redump=true asks' if force else why_not}")
