@@ -137,6 +137,9 @@ class Verbalizer:
     )
     mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
+    checkpoint_every_n_tokens: int | None = setting(
+        None, "keep only every n-th token's state of a decode and compute the rest again in the backward (less memory, more time)"
+    )
 
 
 @dataclass
@@ -520,7 +523,7 @@ def validate(config: Config) -> None:
     ]
     for key in positive:
         _require(_get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0")
-    for key in ["dataset.max_documents", "pretokenize.num_proc"]:
+    for key in ["dataset.max_documents", "pretokenize.num_proc", "verbalizer.checkpoint_every_n_tokens"]:
         _require(_get(config, key) is None or _get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0, or null")
     for key in not_negative:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")

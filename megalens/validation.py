@@ -74,10 +74,11 @@ class Validator:
         ids_BT = lens.verbalize(a_BD)
         a_hat_BD = lens.reconstruct(ids_BT, torch.full((len(ids_BT),), ids_BT.shape[1], device=ids_BT.device))
         rows = row_statistics(a_BD, a_hat_BD, self.reference)
-        read = lens.subject.read(batch["input_ids"], batch["position"])
+        read = lens.read(batch)
         a_hat_BD, _ = mean_where_failed(a_hat_BD, lens.mean)
         patched = partial(lens.subject.patched_logits, read)
-        return rows | logit_statistics(read.logits_BV, patched(a_hat_BD), patched(lens.mean.expand_as(a_hat_BD))), ids_BT
+        true_BV = lens.subject.lm.logits(read.normed_BD)
+        return rows | logit_statistics(true_BV, patched(a_hat_BD), patched(lens.mean.expand_as(a_hat_BD))), ids_BT
 
     def _samples(self, batch: dict[str, Tensor], ids_BT: Tensor, fve_B: np.ndarray) -> list[dict[str, Any]]:
         decode = self.lens.tokenizer.decode

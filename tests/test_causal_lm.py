@@ -52,7 +52,7 @@ def test_read_gives_the_true_next_token_logits(subject, ids_BC):
     read = subject.read(ids_BC, position)
     for row, length in enumerate(LENGTHS):
         expected = subject.lm.model(ids_BC[row : row + 1, :length]).logits[0, -1].float()
-        torch.testing.assert_close(read.logits_BV[row], expected, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(subject.lm.logits(read.normed_BD)[row], expected, atol=5e-5, rtol=1e-4)
 
 
 def full_forward_with_residual_replaced(subject, ids, position, value_D):
@@ -85,7 +85,7 @@ def test_patched_suffix_equals_full_forward(subject, ids_BC):
 def test_gold_patched_back_changes_nothing(subject, ids_BC):
     position = torch.tensor(LENGTHS) - 1
     read = subject.read(ids_BC, position)
-    torch.testing.assert_close(subject.patched_logits(read, read.activation_BD), read.logits_BV, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(subject.patched_logits(read, read.activation_BD), subject.lm.logits(read.normed_BD), atol=5e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -96,16 +96,32 @@ def test_cached_run_equals_uncached_run(subject, ids_BC):
     whole = torch.cat([prefix.expand(3, -1), ids_BC[:, split:]], dim=1)
     positions = torch.arange(whole.shape[1])[None]
     expected = lm.run(lm.enter(lm.embed(whole), positions), 0, subject.num_blocks, positions)
-    cache = KVCache()
-    lm.run(lm.enter(lm.embed(prefix), positions[:, :split]), 0, subject.num_blocks, positions[:, :split], cache=cache)
-    at_once = lm.run(
-        lm.enter(lm.embed(whole[:, split:]), positions[:, split:]), 0, subject.num_blocks, positions[:, split:], positions, cache.fork()
-    )
-    torch.testing.assert_close(at_once, expected[:, split:], atol=5e-5, rtol=1e-4)
-    for t in range(split, whole.shape[1]):
-        here = positions[:, t : t + 1]
-        token = lm.run(lm.enter(lm.embed(whole[:, t : t + 1]), here), 0, subject.num_blocks, here, positions[:, : t + 1], cache)
-        torch.testing.assert_close(token[:, 0], expected[:, t], atol=5e-5, rtol=1e-4)
+    for room in (None, whole.shape[1]):
+        cache = KVCache(room)
+        lm.run(lm.enter(lm.embed(prefix), positions[:, :split]), 0, subject.num_blocks, positions[:, :split], cache=cache)
+        rest = lm.enter(lm.embed(whole[:, split:]), positions[:, split:])
+        at_once = lm.run(rest, 0, subject.num_blocks, positions[:, split:], cache=cache.fork())
+        torch.testing.assert_close(at_once, expected[:, split:], atol=5e-5, rtol=1e-4)
+        for t in range(split, whole.shape[1]):
+            here = positions[:, t : t + 1]
+            token = lm.run(lm.enter(lm.embed(whole[:, t : t + 1]), here), 0, subject.num_blocks, here, cache=cache)
+            torch.testing.assert_close(token[:, 0], expected[:, t], atol=5e-5, rtol=1e-4)
+
+
+def test_decode_with_room_copies_nothing_twice():
+    """The keys of every token are one buffer's, and keep their gradients."""
+    cache, value = KVCache(room=6), torch.randn(1, 2, 2, 4, requires_grad=True)
+    cache.update(value, value, 0)
+    tokens = [torch.randn(3, 2, 1, 4, requires_grad=True) for _ in range(4)]
+    keys = [cache.update(token, token, 0)[0] for token in tokens]
+    assert len({key.data_ptr() for key in keys}) == 1
+    weight = [torch.randn_like(key) for key in keys]
+    found = torch.autograd.grad(sum((k * w).sum() for k, w in zip(keys, weight, strict=True)), [value, *tokens])
+    joined = [torch.cat([value.expand(3, -1, -1, -1), *tokens[: i + 1]], dim=2) for i in range(4)]
+    expected = torch.autograd.grad(sum((k * w).sum() for k, w in zip(joined, weight, strict=True)), [value, *tokens])
+    for mine, theirs, key, whole in zip(found, expected, [None, *keys], [None, *joined], strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert key is None or torch.equal(key, whole)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.lens.lens import Step, build_lens
-from megalens.lens.objective import relative_mse, resample_error
+from megalens.lens.objective import relative_mse, resample_error, shared_contexts
 from megalens.lens.reference import ReferenceStep
 from megalens.lens.warmstart import read_order, tail_ids
 from megalens.ops import noise_keys
@@ -94,6 +94,65 @@ def test_saying_a_decoded_text_has_the_decodes_probability(folders, kind):
     torch.testing.assert_close(lens.verbalizer.say(a_BD, text.ids_BT), text.log_prob_BT, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_checkpointed_decode_keeps_less_and_computes_the_same(folders, kind, every):
+    lens = perturb(make_lens(folders[kind], mode="lora", kl_base_weight=1.0, lm_base_weight=1.0))
+    found = []
+    for n in (None, every):
+        lens.verbalizer.checkpoint_every = n
+        lens.zero_grad()
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = lens(make_batch(), AT)
+        terms["loss"].backward()
+        found.append((kept, terms["loss"], {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}))
+    (all_kept, loss, gradients), (kept, same_loss, same_gradients) = found
+    assert kept < all_kept and torch.equal(loss, same_loss)
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_one_document_share_its_read_and_never_see_each_others_patch(folders, kind):
+    lens, batch = make_lens(folders[kind], kl_base_weight=1.0), make_batch(rows=6)
+    batch["doc_id"] = torch.tensor([4, 9, 4, 4, 9, 1])
+    for doc in (4, 9):
+        of_doc = batch["doc_id"] == doc
+        batch["input_ids"][of_doc] = batch["input_ids"][of_doc][:1]
+    behind = torch.arange(12) > batch["position"][:, None]
+    batch["input_ids"][behind] = 0  # as a dump has it
+    rows, sequence = shared_contexts(batch)
+    assert len(rows) == 3 and (batch["doc_id"][rows[sequence]] == batch["doc_id"]).all()
+    a_BD = torch.randn(6, 64)
+    shared, alone = lens.read(batch), lens.subject.read(batch["input_ids"], batch["position"])
+    for name in ("activation_BD", "normed_BD"):
+        torch.testing.assert_close(getattr(shared, name), getattr(alone, name), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens.subject.patched(shared, a_BD), lens.subject.patched(alone, a_BD), atol=1e-4, rtol=1e-4)
+
+
+def test_contexts_that_only_share_a_document_are_read_apart():
+    batch = make_batch(rows=4) | {"doc_id": torch.tensor([1, 1, 2, 3])}
+    rows, sequence = shared_contexts(batch)
+    assert rows.tolist() == sequence.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hidden_state_that_is_not_finite_is_named(folders, value):
+    batch, lens = make_batch(), make_lens(folders["llama"], detect_anomaly=True)
+    lens(batch, AT)
+    batch["activation"][2, 0] = value
+    with pytest.raises(FloatingPointError, match="sample 102 before token 0 is not finite"):
+        lens(batch, AT)
+
+
 def test_straight_through_embeddings_are_the_tokens_embeddings(folders):
     lens = make_lens(folders["gemma2"])
     text = lens.verbalizer.decode(make_batch()["activation"], lambda t: noise_keys(0, 1, torch.arange(4), t))
@@ -123,9 +182,9 @@ def test_padding_behind_a_text_changes_nothing(folders, kind, suffix):
 
 def test_training_the_roles_leaves_the_subject_as_it_was(folders):
     lens, ids = make_lens(folders["llama"], mode="lora"), make_batch()["input_ids"]
-    before = lens.subject.read(ids, torch.full((4,), 11)).logits_BV
+    before = lens.subject.read(ids, torch.full((4,), 11)).normed_BD
     perturb(lens, 0.5)
-    assert torch.equal(lens.subject.read(ids, torch.full((4,), 11)).logits_BV, before)
+    assert torch.equal(lens.subject.read(ids, torch.full((4,), 11)).normed_BD, before)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])

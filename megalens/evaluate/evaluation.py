@@ -111,12 +111,13 @@ def _statistics(
     for numbers in batches:
         batch = {name: value.to(lens.mean.device) for name, value in loader.rows(numbers).items()}
         sources = rebuilds(lens, batch, [texts[i] for i in numbers], [texts[i] for i in others[numbers]])
-        read = lens.subject.read(batch["input_ids"], batch["position"])
+        read = lens.read(batch)
+        true_BV = lens.subject.lm.logits(read.normed_BD)
         for source, rebuilt in sources.items():
             a_hat_BD, failed_B = mean_where_failed(rebuilt.a_hat_BD, lens.mean, rebuilt.failed_B)
             logits_BV = lens.subject.patched_logits(read, a_hat_BD)
             rows = row_statistics(batch["activation"], a_hat_BD, reference, failed_B)
-            parts.setdefault(source, []).append(rows | logit_statistics(read.logits_BV, logits_BV))
+            parts.setdefault(source, []).append(rows | logit_statistics(true_BV, logits_BV))
         bar.update()
     rows = {source: join(each) for source, each in parts.items()}
     return {source: each | {"kl_mean": rows["mean"]["kl"]} for source, each in rows.items()}

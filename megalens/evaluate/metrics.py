@@ -8,10 +8,11 @@ The trainer's validation, for each held-out batch::
     reference = Reference.of(train_loader.reader)                            # the TRAINING activations' statistics
     a_hat_BD = lens.reconstruct(ids_BT, lengths_B)
     rows = row_statistics(batch["activation"], a_hat_BD, reference)
-    read = lens.subject.read(batch["input_ids"], batch["position"])         # only for kl, kl_recovered and top1
+    read = lens.read(batch)         # only for kl, kl_recovered and top1
     a_hat_BD, _ = mean_where_failed(a_hat_BD, lens.mean)
     patched = partial(lens.subject.patched_logits, read)
-    rows |= logit_statistics(read.logits_BV, patched(a_hat_BD), patched(lens.mean.expand_as(a_hat_BD)))
+    true_BV = lens.subject.lm.logits(read.normed_BD)
+    rows |= logit_statistics(true_BV, patched(a_hat_BD), patched(lens.mean.expand_as(a_hat_BD)))
     parts.append(rows)
 
 and at the end ``figures(join(parts))`` gives ``{"fve": ..., "fve_nrm": ..., ...}``, to be logged as ``val/fve_nrm`` and so on.

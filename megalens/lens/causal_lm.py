@@ -39,25 +39,69 @@ class KVCache:
     """Keys and values by block, appended to by the blocks' attention (``update`` is the call they make). Differentiable.
 
     A stored batch of 1 is broadcast to the batch of what is appended, so that a static prompt is run once for all rows.
+
+    Args:
+        room: positions to make room for at the first append; a decode then writes each token into its place, and nothing is copied
+            again (``torch.compile`` copies all the same). None: an append copies what is there.
     """
 
-    def __init__(self, parent: KVCache | None = None):
-        self.parent = parent
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, room: int | None = None, parent: KVCache | None = None):
+        self.room = room
+        self.stored: dict[int, tuple[Tensor, Tensor]] = dict(parent.stored) if parent else {}
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = dict(parent.buffers) if parent else {}
 
     def update(self, key: Tensor, value: Tensor, block: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Append ``[B, heads, Q, head_dim]`` to what block ``block`` holds and return all of it, ``[B, heads, K, head_dim]``."""
-        past = self.stored.get(block) or (self.parent and self.parent.stored.get(block))
-        if past:
-            key, value = (
-                torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, (key, value), strict=True)
+        past, new = self.stored.get(block), (key, value)
+        if past is None:
+            self.stored[block] = new
+        elif self.room is None or torch.compiler.is_compiling():
+            self.stored[block] = tuple(torch.cat([_rows(old, new), new], dim=2) for old, new in zip(past, new, strict=True))
+        else:
+            if block not in self.buffers:
+                self.buffers[block] = tuple(t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new)
+            self.stored[block] = tuple(
+                _Append.apply((buffer,), _rows(old, new), new) for buffer, old, new in zip(self.buffers[block], past, new, strict=True)
             )
-        self.stored[block] = (key, value)
-        return key, value
+        return self.stored[block]
+
+    def length(self, block: int) -> int:
+        """Positions that block ``block`` holds."""
+        return self.stored[block][0].shape[2] if block in self.stored else 0
+
+    def rows(self, rows_B: Tensor) -> KVCache:
+        """A cache of the given rows of this one, for appends that are as wide."""
+        chosen = KVCache()
+        chosen.stored = {block: (key[rows_B], value[rows_B]) for block, (key, value) in self.stored.items()}
+        return chosen
 
     def fork(self) -> KVCache:
-        """A cache that starts from this one and leaves it as it is."""
-        return KVCache(self)
+        """A cache that starts from this one. What it appends stays out of this one, but uses the same room, if there is any yet."""
+        return KVCache(self.room, self)
+
+
+def _rows(old: Tensor, new: Tensor) -> Tensor:
+    return old.expand(new.shape[0], -1, -1, -1)
+
+
+class _Append(torch.autograd.Function):
+    """``cat([past, new], dim=2)`` as a view of a buffer that holds the past already (or takes it, once)."""
+
+    @staticmethod
+    def forward(ctx, buffers: tuple[Tensor], past: Tensor, new: Tensor) -> Tensor:
+        """The buffer comes in a tuple, hidden from autograd: earlier views of it stay as they are."""
+        (buffer,) = buffers
+        ctx.split = start, end = past.shape[2], past.shape[2] + new.shape[2]
+        if past.data_ptr() != buffer.data_ptr():
+            buffer.data[:, :, :start] = past
+        buffer.data[:, :, start:end] = new
+        return buffer.data[:, :, :end]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Each part its own."""
+        start, end = ctx.split
+        return None, grad[:, :, :start], grad[:, :, start:end]
 
 
 class Vocabulary(nn.Module):
@@ -159,12 +203,14 @@ class CausalLM(nn.Module):
             hidden_BSD: residual stream before block ``first``.
             positions: ``[1 or B, S]`` position of each query in its sequence.
             key_positions: ``[1 or B, K]`` position of each key, cached ones first; a key is seen by queries at its position or
-                later, and never when its position is negative. None: the queries are the only keys.
+                later, and never when its position is negative. None: the cached ones are positions 0, 1, ... and the queries follow.
             cache: earlier keys and values of these blocks; appended to.
             own: modules to use in place of the model's own blocks.
         """
         rotary = self._rotary(hidden_BSD, positions)
-        masks = {kind: self._mask(kind, positions, key_positions, hidden_BSD.dtype) for kind in {self._kind(i) for i in range(first, last)}}
+        cached = cache.length(first) if cache is not None and first < last else 0
+        kinds = {self._kind(i) for i in range(first, last)}
+        masks = {kind: self._mask(kind, positions, key_positions, cached, hidden_BSD.dtype) for kind in kinds}
         for index in range(first, last):
             block = own[index] if own and index in own else self.blocks[index]
             kind = self._kind(index)
@@ -202,16 +248,18 @@ class CausalLM(nn.Module):
             return {kind: rotary(hidden, positions, kind) for kind in set(self.config.layer_types)}
         return rotary(hidden, positions)
 
-    def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, cached: int, dtype: torch.dtype) -> Tensor | None:
         """``[1 or B, 1, S, K]``, or None where the attention's own causal rule (or no rule at all) says the same."""
         if kind not in ("full_attention", "sliding_attention"):
             raise ConfigError(f"attention of type '{kind}' (model type '{self.config.model_type}') is not known")
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        keys = positions if key_positions is None else key_positions
-        reach = keys.shape[-1]
-        if key_positions is None and not self.eager and (window is None or window >= reach):
-            return None
-        keys, queries = keys[:, None, :], positions[:, :, None]
+        queries = positions.shape[-1]
+        if key_positions is None:
+            reach = cached + queries
+            if (window is None or window >= reach) and (queries == 1 or (cached == 0 and not self.eager)):
+                return None
+            key_positions = positions if cached == 0 else torch.arange(reach, device=positions.device)[None]
+        keys, queries = key_positions[:, None, :], positions[:, :, None]
         allowed = (keys <= queries) & (keys >= 0)
         if window is not None:
             allowed &= keys > queries - window

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
-from megalens.lens.objective import kl_from_logits, relative_mse, resample_error, weighted_sum
+from megalens.lens.objective import relative_mse, resample_error, shared_contexts, weighted_sum
 from megalens.lens.reconstructor import Reconstructor
-from megalens.lens.subject import Subject, load_subject, load_tokenizer
+from megalens.lens.subject import Read, Subject, load_subject, load_tokenizer
 from megalens.lens.verbalizer import Text, Verbalizer
 from megalens.lens.warmstart import tail_ids
 from megalens.ops import noise_keys, vocab_kl
@@ -93,7 +94,8 @@ class ConsistencyLens(nn.Module):
         a_BD, c = batch["activation"], self.config
         needs_text_gradient = (c.text_gradient and (weights["mse"] or weights["kl"])) or weights["lm"] or weights["entropy"]
         with nullcontext() if needs_text_gradient else torch.no_grad():
-            text = self.verbalizer.decode(a_BD, lambda t: noise_keys(c.seed, at.update, batch["sample_id"], t), at.tau, c.gumbel_noise)
+            keys = partial(noise_keys, c.seed, at.update, batch["sample_id"])
+            text = self.verbalizer.decode(a_BD, keys, at.tau, c.gumbel_noise, batch["sample_id"] if c.detect_anomaly else None)
         embeds_BTD = text.embeds_BTD if c.text_gradient else text.embeds_BTD.detach()
         a_hat_BD = self.reconstructor(embeds_BTD)
         terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": text.entropy_BT.mean()}
@@ -105,20 +107,24 @@ class ConsistencyLens(nn.Module):
 
     def _functional_kl(self, batch: dict[str, Tensor], a_hat_BD: Tensor) -> Tensor:
         """KL(M(a) || M(a_hat + delta)) per row, delta the error of the row's partner."""
-        read = self.subject.read(batch["input_ids"], batch["position"])
+        read = self.read(batch)
         delta_BD = resample_error(batch["activation"].to(a_hat_BD.dtype), a_hat_BD)
-        return kl_from_logits(read.logits_BV, self.subject.patched_logits(read, a_hat_BD + delta_BD))
+        return self._vocab_kl(read.normed_BD, self.subject.patched(read, a_hat_BD + delta_BD))
+
+    def read(self, batch: dict[str, Tensor]) -> Read:
+        """The subject's read of a batch's contexts; several positions of one document share it."""
+        rows_S, sequence_B = shared_contexts(batch)
+        return self.subject.read(batch["input_ids"][rows_S], batch["position"], sequence_B)
 
     def _lm_kl(self, text: Text) -> Tensor:
         """KL(verbalizer || subject on the plain-text prompt) per row and token ``[B, T]``; the subject is a constant."""
         plain_BTD = self.subject.next_states(self.plain_ids, text.ids_BT)
-        shape, width = text.ids_BT.shape, text.normed_BTD.shape[-1]
+        return self._vocab_kl(text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1)).view(text.ids_BT.shape)
+
+    def _vocab_kl(self, p_ND: Tensor, q_ND: Tensor) -> Tensor:
+        """KL(p || q) per row of next-token distributions given by normed hidden states."""
         lm = self.subject.lm
-        return lm.vocabulary(
-            lambda out, _, bias: vocab_kl(
-                text.normed_BTD.reshape(-1, width), plain_BTD.reshape(-1, width), out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap
-            )
-        ).view(shape)
+        return lm.vocabulary(lambda out, _, bias: vocab_kl(p_ND, q_ND, out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap))
 
     # ------------------------------------------------------------------------------------------------------- using
 

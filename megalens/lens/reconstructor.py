@@ -71,7 +71,7 @@ class Reconstructor(nn.Module):
         hidden = prompt_1LD[:, -1:].expand(len(last_B), -1, -1)
         if embeds_BSD.shape[1]:
             text = self.lm.enter(embeds_BSD.to(prompt_1LD.dtype), positions[:, self.length :])
-            text = self.lm.run(text, 0, self.last, positions[:, self.length :], positions, cache, own)
+            text = self.lm.run(text, 0, self.last, positions[:, self.length :], cache=cache, own=own)
             hidden = torch.cat([hidden, text], dim=1)
         return hidden[torch.arange(len(last_B), device=hidden.device), last_B]
 

@@ -19,10 +19,11 @@ from megalens.lens.causal_lm import CausalLM, KVCache, adapter
 
 @dataclass
 class Read:
-    """One read of a batch of contexts: the activation at P, the true next-token logits there, and what patching needs."""
+    """One read of a batch of contexts: the activation at P, the normed last hidden state there (``lm.logits`` of it are the true
+    next-token logits), and what patching needs."""
 
     activation_BD: Tensor
-    logits_BV: Tensor
+    normed_BD: Tensor
     cache: KVCache
     position_B: Tensor
     context: int
@@ -77,23 +78,29 @@ class Subject(nn.Module):
         return result
 
     @torch.no_grad()
-    def read(self, input_ids_BC: Tensor, position_B: Tensor) -> Read:
-        """Read right-padded contexts once.
+    def read(self, input_ids_SC: Tensor, position_B: Tensor, sequence_B: Tensor | None = None) -> Read:
+        """Read right-padded contexts once, each for as many rows as have their P in it.
 
         Args:
-            input_ids_BC: token ids; what stands behind ``position_B`` is never seen.
+            input_ids_SC: token ids; what stands behind a row's ``position_B`` is never seen by it.
             position_B: the position P of each row.
+            sequence_B: the context of each row; None: its own.
         """
         with adapter(self.lm, None):
-            resid_BCD, positions = self._lower(input_ids_BC)
-            rows = torch.arange(len(position_B), device=position_B.device)
+            resid_SCD, positions = self._lower(input_ids_SC)
+            rows = torch.arange(len(position_B), device=position_B.device) if sequence_B is None else sequence_B
             cache = KVCache()
-            hidden_BCD = self.lm.run(resid_BCD, self.layer_l + 1, self.num_blocks, positions, cache=cache)
-            logits_BV = self.lm.logits(self.lm.final_norm(hidden_BCD[rows, position_B]))
-        return Read(resid_BCD[rows, position_B], logits_BV, cache, position_B, input_ids_BC.shape[1])
+            hidden_SCD = self.lm.run(resid_SCD, self.layer_l + 1, self.num_blocks, positions, cache=cache)
+            normed_BD = self.lm.final_norm(hidden_SCD[rows, position_B])
+        cache = cache if sequence_B is None else cache.rows(sequence_B)
+        return Read(resid_SCD[rows, position_B], normed_BD, cache, position_B, input_ids_SC.shape[1])
 
     def patched_logits(self, read: Read, a_BD: Tensor) -> Tensor:
-        """Next-token logits ``[B, V]`` at P with the activation replaced by ``a_BD``; differentiable in it.
+        """Next-token logits ``[B, V]`` at P with the activation replaced by ``a_BD``; see :meth:`patched`."""
+        return self.lm.logits(self.patched(read, a_BD))
+
+    def patched(self, read: Read, a_BD: Tensor) -> Tensor:
+        """Normed last hidden state ``[B, D]`` at P with the activation replaced by ``a_BD``; differentiable in it.
 
         Exact: causal attention keeps everything before P as it was, so one token goes through the blocks above ``layer_l``, on the
         keys and values of the read.
@@ -104,7 +111,7 @@ class Subject(nn.Module):
         with adapter(self.lm, None):
             hidden_B1D = a_BD.to(self.lm.dtype)[:, None]
             hidden_B1D = self.lm.run(hidden_B1D, self.layer_l + 1, self.num_blocks, position_B1, key_positions, read.cache.fork())
-            return self.lm.logits(self.lm.final_norm(hidden_B1D[:, 0]))
+            return self.lm.final_norm(hidden_B1D[:, 0])
 
     @torch.no_grad()
     def next_states(self, prompt_ids_1L: Tensor, ids_BT: Tensor) -> Tensor:
@@ -117,7 +124,7 @@ class Subject(nn.Module):
             hidden = self.lm.run(hidden, 0, self.num_blocks, positions[:, :length], cache=cache)[:, -1:].expand(len(ids_BT), -1, -1)
             if text > 1:
                 rest = self.lm.enter(self.lm.embed(ids_BT[:, :-1]), positions[:, length:])
-                rest = self.lm.run(rest, 0, self.num_blocks, positions[:, length:], positions, cache)
+                rest = self.lm.run(rest, 0, self.num_blocks, positions[:, length:], cache=cache)
                 hidden = torch.cat([hidden, rest], dim=1)
             return self.lm.final_norm(hidden)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megalens.config import Config
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
@@ -74,7 +76,7 @@ class Verbalizer(nn.Module):
     def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
-        options, self.t_text = config.verbalizer, config.t_text
+        options, self.t_text, self.checkpoint_every = config.verbalizer, config.t_text, config.verbalizer.checkpoint_every_n_tokens
         left, right = options.prompt.split("<act>")
         left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
@@ -105,15 +107,26 @@ class Verbalizer(nn.Module):
         with adapter(self.lm, self.adapter):
             return getattr(self, f"_{method}")(*args, **options)
 
-    def decode(self, a_BD: Tensor, keys: Callable[[int], Tensor] | None = None, tau: float = 1.0, noise: float = 1.0) -> Text:
+    def decode(
+        self,
+        a_BD: Tensor,
+        keys: Callable[[int], Tensor] | None = None,
+        tau: float = 1.0,
+        noise: float = 1.0,
+        sample_id_B: Tensor | None = None,
+    ) -> Text:
         """Decode ``t_text`` tokens from activations ``[B, D]``.
 
         Args:
             keys: noise key ``[B]`` of each token index (:func:`megalens.ops.noise_keys`); None: greedy, without noise.
             tau: temperature of the straight-through gradient.
             noise: scale of the Gumbel noise.
+            sample_id_B: check every hidden state, and call its sample by this name.
+
+        Raises:
+            FloatingPointError: a checked hidden state is NaN or infinite.
         """
-        return self("decode", a_BD, keys, tau, noise)
+        return self("decode", a_BD, keys, tau, noise, sample_id_B)
 
     def say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
         """Log-probabilities ``[B, T]`` of saying the given tokens, teacher-forced."""
@@ -123,7 +136,7 @@ class Verbalizer(nn.Module):
         """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position."""
         lm, slot, own = self.lm, self.slot, self._own()
         positions = torch.arange(self.length, device=a_BD.device)[None]
-        cache = KVCache()
+        cache = KVCache(room=self.length + self.t_text)
         hidden_1LD = lm.enter(self.prompt(), positions)
         hidden_1LD = lm.run(hidden_1LD, 0, self.enters, positions, cache=cache, own=own)
         if slot:
@@ -132,38 +145,49 @@ class Verbalizer(nn.Module):
         if self.enters == 0:
             value_B1D = lm.enter(value_B1D, positions[:, slot : slot + 1])
         hidden = torch.cat([value_B1D, hidden_1LD[:, slot + 1 :].expand(len(a_BD), -1, -1)], dim=1)
-        hidden = lm.run(hidden, self.enters, self.blocks, positions[:, slot:], positions, cache, own)
+        hidden = lm.run(hidden, self.enters, self.blocks, positions[:, slot:], cache=cache, own=own)
         return hidden[:, -1], cache
 
     def _append(self, embeds_BSD: Tensor, already: int, cache: KVCache) -> Tensor:
         """Run text tokens behind the prompt and ``already`` earlier ones; hidden states ``[B, S, D]``."""
         end = self.length + already + embeds_BSD.shape[1]
         positions = torch.arange(self.length + already, end, device=embeds_BSD.device)[None]
-        keys = torch.arange(end, device=embeds_BSD.device)[None]
-        return self.lm.run(self.lm.enter(embeds_BSD, positions), 0, self.blocks, positions, keys, cache, self._own())
+        return self.lm.run(self.lm.enter(embeds_BSD, positions), 0, self.blocks, positions, cache=cache, own=self._own())
 
-    def _decode(self, a_BD: Tensor, keys, tau: float, noise: float) -> Text:
+    def _decode(self, a_BD: Tensor, keys, tau: float, noise: float, sample_id_B: Tensor | None) -> Text:
         hidden_BD, cache = self._start(a_BD)
         still = torch.zeros(len(a_BD), dtype=torch.long, device=a_BD.device)
-        ids, embeds, normed, log_probs, entropies = [], [], [], [], []
-        for t in range(self.t_text):
+
+        def draw(hidden_BD: Tensor, t: int) -> Text:
             normed_BD = self._norm(hidden_BD)
+            if sample_id_B is not None:
+                _check_finite(normed_BD, t, sample_id_B)
+            key_B, scale = (still, 0.0) if keys is None else (keys(t), noise)
             ids_B, embeds_BD, log_prob_B, _, entropy_B = self.lm.vocabulary(
-                lambda out, into, bias, h=normed_BD, t=t: tuple(
-                    gumbel_embed(
-                        h, out, into, tau, still if keys is None else keys(t),
-                        noise=0.0 if keys is None else noise, bias_V=bias, softcap=self.lm.softcap,
-                    )
+                lambda out, into, bias: tuple(
+                    gumbel_embed(normed_BD, out, into, tau, key_B, noise=scale, bias_V=bias, softcap=self.lm.softcap)
                 )
-            )  # fmt: skip
-            embeds_BD = embeds_BD * self.lm.embed_scale
-            for kept, value in zip(
-                (ids, embeds, normed, log_probs, entropies), (ids_B, embeds_BD, normed_BD, log_prob_B, entropy_B), strict=True
-            ):
-                kept.append(value)
-            if t < self.t_text - 1:
-                hidden_BD = self._append(embeds_BD[:, None].to(hidden_BD.dtype), t, cache)[:, 0]
-        return Text(*(torch.stack(kept, dim=1) for kept in (ids, embeds, normed, log_probs, entropies)))
+            )
+            return Text(ids_B, embeds_BD * self.lm.embed_scale, normed_BD, log_prob_B, entropy_B)
+
+        def stretch(embeds_BD: Tensor, cache: KVCache, first: int, last: int):
+            """Hidden state ``[B, D]`` behind token ``last - 1``, given token ``first``'s embedding, and what is drawn on the way."""
+            cache, drawn = cache.fork(), []
+            with adapter(self.lm, self.adapter):  # here, because the backward runs a checkpointed stretch again
+                for t in range(first, last):
+                    hidden_BD = self._append(embeds_BD[:, None].to(self.lm.dtype), t, cache)[:, 0]
+                    if t + 1 < last:
+                        drawn.append(draw(hidden_BD, t + 1))
+                        embeds_BD = drawn[-1].embeds_BTD
+            return hidden_BD, cache, drawn
+
+        text, every = [draw(hidden_BD, 0)], self.checkpoint_every or self.t_text
+        run = partial(checkpoint, stretch, use_reentrant=False) if self.checkpoint_every and torch.is_grad_enabled() else stretch
+        for first in range(0, self.t_text - 1, every):
+            last = min(first + every, self.t_text - 1)
+            hidden_BD, cache, drawn = run(text[-1].embeds_BTD, cache, first, last)
+            text += [*drawn, draw(hidden_BD, last)]
+        return Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True)))
 
     def _say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
         hidden_BD, cache = self._start(a_BD)
@@ -178,3 +202,9 @@ class Verbalizer(nn.Module):
 
     def _own(self) -> dict[int, nn.Module]:
         return {int(i): block for i, block in self.own.items()}
+
+
+def _check_finite(hidden_BD: Tensor, token: int, sample_id_B: Tensor) -> None:
+    bad_B = ~hidden_BD.isfinite().all(-1)
+    if bad_B.any():
+        raise FloatingPointError(f"the hidden state of sample {sample_id_B[bad_B][0].item()} before token {token} is not finite")
