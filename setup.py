@@ -30,6 +30,9 @@ SWEEPS = [
     "optuna>=5,<6",  # offline sweeps: Gaussian process, TPE, successive halving, shared state in SQLite
     "scipy>=1.15,<2",  # Optuna's Gaussian process
 ]
+TRITON = [
+    "triton>=3.5,<4; platform_system=='Linux'",  # GPU kernels; their tests need it on a CPU too (interpreter, ahead-of-time compiler)
+]
 DEV = [
     "pytest>=9,<10",  # the tests
     "pytest-xdist>=3.8,<4",  # one test process per core
@@ -48,5 +51,11 @@ setup(
     packages=find_packages(include=["megalens", "megalens.*"]),
     package_data={"megalens.ops": ["cpu/*"]},
     install_requires=REQUIRED,
-    extras_require={"deepspeed": DEEPSPEED, "demo": DEMO, "sweeps": SWEEPS, "dev": DEEPSPEED + DEMO + SWEEPS + DEV},
+    extras_require={
+        "deepspeed": DEEPSPEED,
+        "demo": DEMO,
+        "sweeps": SWEEPS,
+        "triton": TRITON,
+        "dev": DEEPSPEED + DEMO + SWEEPS + TRITON + DEV,
+    },
 )

@@ -1,11 +1,13 @@
 """What a training step costs, in units, and its peak memory, beside the plain reference step (no cache, whole patched forwards).
 
-    python benchmarks/step.py [--size smol] [--batch 32] [--dtype fp32] [--terms full] [--repeats 5]
+    python benchmarks/step.py [--size smol] [--batch 32] [--dtype fp32] [--terms full] [--vectors-per-sequence 1] [--repeats 5]
 
 One unit is one no-gradient forward of the subject's blocks over batch x context tokens, in the same dtype, measured in the same run.
 A step is forward, backward, clipping and AdamW: frozen base, projections and prompts trained; ``--terms full`` is MSE + KL + LM,
-``--terms mse`` MSE alone. Without ``--dtype`` both are run. The three sides take turns; figures are medians. Peak memory is measured
-in a fresh process per side: peak resident set minus the resident set after loading. Prints one JSON line per configuration.
+``--terms mse`` MSE alone. With ``--vectors-per-sequence k`` k rows are positions of one context and share its read. Without
+``--dtype`` both are run. The three sides take turns; figures are medians. ``units_flops`` is what the step would cost if all its
+floating-point operations ran as fast as the unit's. Peak memory is measured in a fresh process per side: peak resident set minus the
+resident set after loading. Prints one JSON line per configuration.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 SIZES = {
@@ -35,11 +39,10 @@ def main() -> None:
             return
         for dtype in [options.dtype] if options.dtype else ["fp32", "bf16"]:
             options.dtype = dtype
-            figures = timings(options, folder) | {f"peak_mb_{side}": fresh_process(options, side) for side in SIDES}
-            print(
-                json.dumps(describe(options) | figures | {"peak_ratio": round(figures["peak_mb_ours"] / figures["peak_mb_plain"], 3)}),
-                flush=True,
-            )
+            figures = timings(options, folder) | {f"peak_mb_{side}": fresh_process(options, side) for side in options.sides}
+            if len(options.sides) == 2:
+                figures["peak_ratio"] = round(figures["peak_mb_ours"] / figures["peak_mb_plain"], 3)
+            print(json.dumps(describe(options) | figures), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,10 +52,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="rows; default: the size's")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: one line for each")
     parser.add_argument("--terms", choices=["full", "mse"], default="full")
+    parser.add_argument("--vectors-per-sequence", type=int, default=1, help="rows that share a context")
+    parser.add_argument("--checkpoint", type=int, help="verbalizer.checkpoint_every_n_tokens")
+    parser.add_argument("--compile", action="store_true", help="compile=true")
+    parser.add_argument("--t-text", type=int, help="tokens of an explanation; default: the size's")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=SIDES, help="leave the other side out")
     parser.add_argument("--side", choices=SIDES, help="only the peak memory of one side (used for the fresh processes)")
     options = parser.parse_args()
     options.batch = options.batch or SIZES[options.size]["batch"]
+    options.t_text = options.t_text or SIZES[options.size]["t_text"]
+    options.sides = [options.only] if options.only else list(SIDES)
     return options
 
 
@@ -69,17 +79,22 @@ def make(options: argparse.Namespace, folder: str):
     size = SIZES[options.size]
     name = size["model_name"] or str(make_model(folder))
     weights = {"kl_base_weight": 1.0, "lm_base_weight": 1.0} if options.terms == "full" else {}
-    config = Config(model_name=name, layer_l=size["layer_l"], t_text=size["t_text"], dtype=options.dtype, train_mode="frozen", **weights)
+    config = Config(model_name=name, layer_l=size["layer_l"], t_text=options.t_text, dtype=options.dtype, train_mode="frozen", **weights)
     config.verbalizer.mode = config.reconstructor.mode = "frozen"
+    config.verbalizer.checkpoint_every_n_tokens, config.compile = options.checkpoint, options.compile
     generator = torch.Generator().manual_seed(0)
     try:
         lens = build_lens(config, torch.zeros(_width(name)), torch.ones(_width(name)))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    rows, shared = torch.arange(options.batch), options.vectors_per_sequence
+    position = size["context"] - 1 - rows % shared * (size["context"] // 2 // shared)
+    ids = torch.randint(3, 500, (-(-options.batch // shared), size["context"]), generator=generator)[rows // shared]
     batch = {
-        "input_ids": torch.randint(3, 500, (options.batch, size["context"]), generator=generator),
-        "position": torch.full((options.batch,), size["context"] - 1),
-        "sample_id": torch.arange(options.batch),
+        "input_ids": ids.masked_fill(torch.arange(size["context"]) > position[:, None], 0),
+        "position": position,
+        "sample_id": rows,
+        "doc_id": rows // shared,
     }
     batch["activation"] = lens.subject.read(batch["input_ids"], batch["position"]).activation_BD.float()
     engine = LocalEngine(config, lens, lens.parameter_groups())
@@ -108,7 +123,7 @@ def timings(options: argparse.Namespace, folder: str) -> dict:
     def unit() -> None:
         lm.run(lm.enter(lm.embed(batch["input_ids"]), positions), 0, lens.subject.num_blocks, positions)
 
-    sides = {"unit": unit, "ours": lambda: step("ours"), "plain": lambda: step("plain")}
+    sides = {"unit": unit} | {side: partial(step, side) for side in options.sides}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.repeats + 2):
         for name, side in sides.items():
@@ -118,31 +133,45 @@ def timings(options: argparse.Namespace, folder: str) -> dict:
                 seconds[name].append(time.perf_counter() - started)
         print(f"{options.size} {options.dtype}: turn {turn + 1} of {options.repeats + 2}", file=sys.stderr)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True))
-    return {
-        "units": round(median["ours"] / median["unit"], 2),
-        "units_plain": round(median["plain"] / median["unit"], 2),
-        "ratio": round(ratio, 3),
-        "seconds_unit": round(median["unit"], 4),
-        "seconds_ours": round(median["ours"], 4),
-        "seconds_theirs": round(median["plain"], 4),
+    figures = {"seconds_unit": round(median["unit"], 4)}
+    names = {"ours": ("units", "seconds_ours"), "plain": ("units_plain", "seconds_theirs")}
+    for side in options.sides:
+        units, spent = names[side]
+        figures |= {units: round(median[side] / median["unit"], 2), spent: round(median[side], 4)}
+    if "ours" in sides and not options.compile:
+        figures["units_flops"] = round(flops(sides["ours"]) / flops(unit), 2)
+    if len(options.sides) == 2:
+        figures["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)), 3)
+    return figures
+
+
+def flops(work: Callable[[], None]) -> int:
+    """Floating-point operations of the matrix products and the attention in ``work``, the vocabulary ops' included."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import megalens.ops  # noqa: F401  (registers the operators)
+
+    def head(hidden, weight) -> int:
+        return 2 * hidden[0] * hidden[1] * weight[0]
+
+    ops = torch.ops.megalens
+    formulas = {  # backward: the logits again and, of the sample, a product with the gradient and two back; of the KL, one back
+        ops.gumbel_embed: lambda hidden, out, *_, **__: head(hidden, out),
+        ops.gumbel_embed_backward: lambda _, inputs, *__, **___: 4 * head(inputs[0], inputs[1]),
+        ops.vocab_divergences: lambda p, q, weight, *_, **__: head(p, weight) + head(q, weight),
+        ops.vocab_divergences_backward: lambda _, __, inputs, *___, **____: 3 * head(inputs[0], inputs[2]),
     }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def fresh_process(options: argparse.Namespace, side: str) -> float:
     """The side's peak memory in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--size",
-        options.size,
-        "--batch",
-        str(options.batch),
-        "--dtype",
-        options.dtype,
-        "--terms",
-        options.terms,
-    ]
+    given = {"size", "batch", "dtype", "terms", "vectors_per_sequence", "checkpoint", "t_text"}
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name in given and value is not None]
+    command = [sys.executable, __file__, *settings, *(["--compile"] if options.compile else [])]
     done = subprocess.run([*command, "--side", side], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
@@ -170,7 +199,10 @@ def describe(options: argparse.Namespace) -> dict:
         "size": options.size,
         "batch": options.batch,
         "context": size["context"],
-        "t_text": size["t_text"],
+        "t_text": options.t_text,
+        "vectors_per_sequence": options.vectors_per_sequence,
+        "checkpoint_every_n_tokens": options.checkpoint,
+        "compile": options.compile,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -329,3 +329,37 @@ def test_step_equals_the_plain_reference_step(folders, kind, mode, inject):
     assert fast_gradients.keys() == plain_gradients.keys() and fast_gradients
     for name, gradient in plain_gradients.items():
         assert (fast_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_step_in_float32_equals_the_plain_step_to_its_rounding(tmp_path, kind, tied):
+    folder = str(make_model(tmp_path / "model", kind=kind, tie_word_embeddings=tied))
+    lens = perturb(make_lens(folder, mode="lora", kl_base_weight=1.0, lm_base_weight=1.0), 0.02)
+    assert (lens.subject.lm.vocabulary.out_weight is lens.subject.lm.vocabulary.in_weight) == tied
+    batch, gradients = make_batch(), []
+    for module in (lens, ReferenceStep(lens)):
+        lens.zero_grad()
+        module(batch, AT)["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in lens.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(folders):
+    """A graph for each kind of call in the first step; other batches, lengths and blocks bring none."""
+    from torch._dynamo.utils import counters
+
+    lens = perturb(make_lens(folders["llama"], kl_base_weight=1.0, lm_base_weight=1.0))
+    plain = lens(make_batch(), AT)
+    counters.clear()
+    lens.subject.lm.compile_blocks(backend="eager")
+    for rows, context in [(4, 12), (6, 16), (4, 12)]:
+        compiled = lens(make_batch(rows, context), AT)
+        compiled["loss"].backward()
+    settled = counters["stats"]["unique_graphs"]
+    for rows, context in [(8, 20), (2, 14), (10, 24)]:
+        lens(make_batch(rows, context), AT)["loss"].backward()
+    assert 0 < settled <= 20 and counters["stats"]["unique_graphs"] == settled
+    assert not counters["graph_break"]
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-5)

@@ -42,7 +42,7 @@ class KVCache:
 
     Args:
         room: positions to make room for at the first append; a decode then writes each token into its place, and nothing is copied
-            again (``torch.compile`` copies all the same). None: an append copies what is there.
+            again. None: an append copies what is there, as compiled blocks always do.
     """
 
     def __init__(self, room: int | None = None, parent: KVCache | None = None):
@@ -55,8 +55,8 @@ class KVCache:
         past, new = self.stored.get(block), (key, value)
         if past is None:
             self.stored[block] = new
-        elif self.room is None or torch.compiler.is_compiling():
-            self.stored[block] = tuple(torch.cat([_rows(old, new), new], dim=2) for old, new in zip(past, new, strict=True))
+        elif self.room is None:
+            self.stored[block] = _joined(past, new)
         else:
             if block not in self.buffers:
                 self.buffers[block] = tuple(t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new)
@@ -78,6 +78,40 @@ class KVCache:
     def fork(self) -> KVCache:
         """A cache that starts from this one. What it appends stays out of this one, but uses the same room, if there is any yet."""
         return KVCache(self.room, self)
+
+
+def _call_block(block, hidden_BSD, mask, positions, rotary, argument: str, cache: KVCache | None, index: int) -> Tensor:
+    return block(
+        hidden_BSD,
+        attention_mask=mask,
+        position_ids=positions,
+        position_embeddings=rotary,
+        use_cache=cache is not None,
+        **{argument: cache},
+    )
+
+
+def _call_block_alone(block, hidden_BSD, mask, positions, rotary, argument: str, cached: bool, past) -> tuple[Tensor, tuple | None]:
+    """The same with one block's own keys and values as arguments: a function of tensors, one graph for all blocks."""
+    cache = _OneBlock(past) if cached else None
+    hidden_BSD = _call_block(block, hidden_BSD, mask, positions, rotary, argument, cache, 0)
+    return hidden_BSD, cache.stored if cached else None
+
+
+class _OneBlock:
+    """A cache of whichever block calls it."""
+
+    def __init__(self, past: tuple[Tensor, Tensor] | None):
+        self.stored = past
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        self.stored = (key, value) if self.stored is None else _joined(self.stored, (key, value))
+        return self.stored
+
+
+def _joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (old_key, old_value), (key, value) = past, new
+    return torch.cat([_rows(old_key, key), key], dim=2), torch.cat([_rows(old_value, value), value], dim=2)
 
 
 def _rows(old: Tensor, new: Tensor) -> Tensor:
@@ -142,6 +176,7 @@ class CausalLM(nn.Module):
             raise ConfigError(f"models of type '{self.config.model_type}' are not known: {type(base).__name__} has no {missing[0]}")
         self.vocabulary = Vocabulary(model)
         self.adapted: list[nn.Module] = []  # layers that carry adapters
+        self.call_block = _call_block
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self.eager = self.config._attn_implementation == "eager"
         rotary = getattr(base, "rotary_emb", None)
@@ -214,15 +249,23 @@ class CausalLM(nn.Module):
         for index in range(first, last):
             block = own[index] if own and index in own else self.blocks[index]
             kind = self._kind(index)
-            hidden_BSD = block(
-                hidden_BSD,
-                attention_mask=masks[kind],
-                position_ids=positions,
-                position_embeddings=rotary[kind] if self.rotary_by_type else rotary,
-                use_cache=cache is not None,
-                **{self.family.cache_argument: cache},
-            )
+            turned = rotary[kind] if self.rotary_by_type else rotary
+            hidden_BSD = self.call_block(block, hidden_BSD, masks[kind], positions, turned, self.family.cache_argument, cache, index)
         return hidden_BSD
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Run the blocks through ``torch.compile``: one graph for all blocks of a kind of call, whatever the batch and the lengths."""
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a block's number must not make a graph of its own
+        compiled = torch.compile(_call_block_alone, backend=backend, recompile_limit=64, isolate_recompiles=True)
+
+        def call(block, hidden_BSD, mask, positions, rotary, argument, cache, index) -> Tensor:
+            past = None if cache is None else cache.stored.get(index)
+            hidden_BSD, stored = compiled(block, hidden_BSD, mask, positions, rotary, argument, cache is not None, past)
+            if cache is not None:
+                cache.stored[index] = stored
+            return hidden_BSD
+
+        self.call_block = call
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the vocabulary head reads."""

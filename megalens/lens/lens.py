@@ -54,6 +54,8 @@ class ConsistencyLens(nn.Module):
             self.reconstructor = Reconstructor(config, subject.lm, tokenizer, mean_D, var_D)
         plain = tokenizer(config.verbalizer.plain_prompt)["input_ids"] or [tokenizer.eos_token_id]
         self.register_buffer("plain_ids", torch.tensor([plain]), persistent=False)
+        if config.compile:
+            subject.lm.compile_blocks()
         self.to(subject.device)
 
     # ---------------------------------------------------------------------------------------------------- training
