@@ -45,7 +45,7 @@ def commands():
 @pytest.fixture
 def after_make_demo(tmp_path, monkeypatch):
     """A user's folder in which the demo's model and text are tiny and its trainings a few steps long."""
-    for name in ("megalens", "tools", "ds_configs", "benchmarks"):
+    for name in ("megalens", "tools", "ds_configs", "benchmarks", "sweeps"):
         (tmp_path / name).symlink_to(ROOT / name)
     conf = tmp_path / "conf"
     conf.mkdir()

@@ -36,6 +36,7 @@ STAND_IN = """
 import json, os, signal, sys, time
 from megalens.config import load_config
 from megalens.schedule import parse_duration
+from megalens.sweep.trial import any_sweep
 config = load_config(sys.argv[1:])
 config.run_dir.mkdir(parents=True, exist_ok=True)
 if config.t_text == 9:
@@ -47,7 +48,8 @@ last = min(8, int(parse_duration(config.early_termination.steps or "8s")[0]))
 with open(config.run_dir / "metrics.jsonl", "w") as file:
     for step in range(1, last + 1):
         file.write(json.dumps({"step": step, "val/loss": abs(config.t_text - 4) + 1 / step}) + "\\n")
-open(config.run_dir / "started", "a").write(f"{last} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+shown = [last, os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"), any_sweep()]
+open(config.run_dir / "started", "a").write(" ".join(map(str, shown)) + "\\n")
 """
 
 
@@ -134,8 +136,10 @@ def test_trials_at_a_time_share_gpus_and_cores(sweep_file, monkeypatch):
     assert visible_gpus() == ["4", "5", "6", "7"]
     _, at_work = workers(sweep_file("t_text: {values: [2, 3]}"), jobs=2)
     assert at_work.run() == 0
-    seen = {tuple(started(number)[0].split()[1:]) for number in range(2)}
+    seen = {tuple(started(number)[0].split()[1:3]) for number in range(2)}
     assert seen <= {("3", "4,5"), ("3", "6,7")}
+    (sweep_name,) = {started(number)[0].split()[3] for number in range(2)}
+    assert re.fullmatch("sweep-[0-9a-f]{8}", sweep_name), "trials know that they are of one sweep, and redump once"
 
 
 def test_a_failing_trial_is_told_and_the_others_go_on(sweep_file):

@@ -31,7 +31,7 @@ from megalens import cli
 from megalens.config import Config, ConfigError, load_config
 from megalens.data.files import Lock
 from megalens.signals import end_with_parent
-from megalens.sweep.trial import as_trial, outside_the_sweep, sweep_id
+from megalens.sweep.trial import any_sweep, as_trial, outside_the_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a warm start must have in common with the training that starts from it: the data and the lens.
@@ -78,15 +78,15 @@ def main(arguments: list[str]) -> int:
 def prepare(runner: Runner, phase: Phase, tool: str, target: Path, why_not: str | None, force: bool) -> None:
     """Make a stage's data when it is missing or asked for; for a sweep that asks, once."""
     note = target.parent / f".{target.name}.sweep"
-    if force and sweep_id() and note.is_file() and note.read_text() == sweep_id():
+    if force and any_sweep() and note.is_file() and note.read_text() == any_sweep():
         force = False
     if why_not is None and not force:
         say(f"{target}: valid, reusing it")
         return
     say(f"{target}: {'made anew, as force_redump=true asks' if force else why_not}")
     runner.run([sys.executable, str(ROOT / "tools" / tool), *phase.arguments, *(["force_redump=true"] if force else [])])
-    if force and sweep_id():
-        note.write_text(sweep_id())
+    if force and any_sweep():
+        note.write_text(any_sweep())
 
 
 def train(runner: Runner, phase: Phase, environment: dict[str, str] | None = None) -> None:

@@ -30,7 +30,7 @@ from megalens.signals import end_with_parent
 from megalens.sweep import SweepError
 from megalens.sweep.file import SweepFile
 from megalens.sweep.search import Claim, Search
-from megalens.sweep.trial import outside_the_sweep
+from megalens.sweep.trial import OFFLINE, outside_the_sweep
 from megalens.trainer import clock_of
 
 _FAILURES = 3  # so many failed trials and not one that ended: the fault is not the parameters'
@@ -220,6 +220,7 @@ class Workers:
     def _environment(self, claim: Claim, slot: int) -> dict[str, str]:
         """The trial's W&B run, its share of the GPUs and of the cores."""
         environment = outside_the_sweep() | {"WANDB_RUN_ID": claim.wandb_run, "WANDB_RUN_GROUP": self.sweep.name}
+        environment[OFFLINE] = self.search.unique_name()
         if gpus := visible_gpus():
             share = max(1, len(gpus) // self.jobs)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(slot * share + i) % len(gpus)] for i in range(share))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -34,7 +35,8 @@ def best_command(search: Search) -> str | None:
     best = search.best()
     if best is None:
         return None
-    return "python " + shlex.join(command_of(search.sweep, point_of(best) | {"run_name": f"{search.sweep.name}-best"})[2:])
+    command = command_of(search.sweep, point_of(best) | {"run_name": f"{search.sweep.name}-best"})
+    return shlex.join("python" if part == sys.executable else part for part in command if part != "/usr/bin/env")
 
 
 def ranked(search: Search) -> list[FrozenTrial]:

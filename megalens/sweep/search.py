@@ -115,6 +115,11 @@ class Search:
         """All trials so far, as the database has them."""
         return self.study.get_trials(deepcopy=False)
 
+    def unique_name(self) -> str:
+        """The sweep's name, unlike that of another begun in its place."""
+        first = next(t for t in self.trials() if "point" in t.user_attrs)
+        return f"{self.sweep.name}-{first.user_attrs['wandb_run']}"
+
     def is_over(self) -> bool:
         """Have all trials ended?"""
         trials = [t for t in self.trials() if "point" in t.user_attrs]

@@ -7,12 +7,18 @@ import os
 
 from megalens.config import Config
 
-VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+OFFLINE = "MEGALENS_SWEEP"  # set for the trials of an offline sweep: its name, unlike that of any other
+VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", OFFLINE)
 
 
 def sweep_id() -> str | None:
     """The W&B sweep that this process is a trial of."""
     return os.environ.get("WANDB_SWEEP_ID") or None
+
+
+def any_sweep() -> str | None:
+    """The sweep, W&B's or offline, that this process is a trial of."""
+    return sweep_id() or os.environ.get(OFFLINE)
 
 
 def as_trial(config: Config) -> Config:
