@@ -11,6 +11,7 @@ per value. Needs a pretokenized corpus (tools/pretokenize.py) and prints one JSO
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -21,8 +22,6 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
-NUMBERS = {"--rows": [512], "--ranks": [1, 2], "--repeats": [3]}
 
 
 def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
@@ -97,18 +96,13 @@ def main() -> None:
     if arguments[:1] == ["--child"]:
         child(arguments[1], int(arguments[2]), int(arguments[3]), arguments[4:])
         return
-    numbers, settings = dict(NUMBERS), []
-    for argument in arguments:
-        if argument.startswith("--"):
-            numbers[argument] = []
-        elif "=" in argument:
-            settings.append(argument)
-        else:
-            list(numbers.values())[-1].append(int(argument)) if argument.isdigit() else sys.exit(f"error: {argument}?")
-    if unknown := numbers.keys() - NUMBERS:
-        sys.exit(f"error: {unknown.pop()} is no option; see --help")
-    for ranks in numbers["--ranks"]:
-        measure(ranks, numbers["--rows"][0], numbers["--repeats"][0], settings)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    options, settings = parser.parse_known_args(arguments)
+    for ranks in options.ranks:
+        measure(ranks, options.rows, options.repeats, settings)
 
 
 def measure(ranks: int, rows: int, repeats: int, settings: list[str]) -> None:

@@ -227,6 +227,12 @@ class Config:
     pretokenize: Pretokenize = setting(Pretokenize(), "tokenizing")
     activation_dumper: ActivationDumper = setting(ActivationDumper(), "activations")
 
+    on_the_fly: bool = setting(
+        False, "read the training's activations from the subject as it goes (free with kl_base_weight); only the val split is dumped"
+    )
+    mix: list[str] = setting([], "train on several dumps of one layer: [FOLDER=SHARE, ...]; empty: on this configuration's own")
+    loader_workers: int = setting(0, "processes per rank that read batches ahead; 0: a thread")
+
     train_mode: str = setting(
         "lora", "what of the base is trained: frozen (projections and prompts only) | lora | full", ("frozen", "lora", "full")
     )
@@ -397,7 +403,9 @@ def _merge_argument(base, argument: str):
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
     _check_key(key, "the command line")
     kind = _keys(Config)[key]
-    if value != "null" and "str" in str(kind):  # text is taken as it stands: 001, on and a: b are no numbers, truths or mappings
+    if (
+        value != "null" and "str" in str(kind) and not str(kind).startswith("list")
+    ):  # text is taken as it stands: 001, on and a: b are no numbers, truths or mappings
         return _merge(base, _nested(key, value), argument)
     try:
         return _merge(base, OmegaConf.to_container(OmegaConf.from_dotlist([argument])), argument)
@@ -509,6 +517,7 @@ def validate(config: Config) -> None:
         "checkpoint.track_best_n",
     ]
     not_negative = [
+        "loader_workers",
         "layer_l",
         "grad_clip",
         "weight_decay",

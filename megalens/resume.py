@@ -79,7 +79,7 @@ def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
     if config.checkpoint.resume and run.last is not None:
         return _resumed(run, same)
     if config.init_from is not None:
-        return _initialised(config, same["model_name"], len(loader.mean))
+        return _initialised(config, same["model_name"], loader.reader.meta["d"])
     return Start(Progress(), Statistics.of(loader))
 
 

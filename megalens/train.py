@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> int:
 def train(config) -> int:
     """Build everything, train, close."""
     from megalens.data.loader import ActivationLoader
+    from megalens.data.source import training_loader
     from megalens.engine import build_engine, rank_and_size
     from megalens.evaluate.metrics import Reference
     from megalens.lens.lens import build_lens
@@ -56,7 +57,7 @@ def train(config) -> int:
 
     rank, world_size = rank_and_size()
     folder = open_folder(config, rank)
-    loader = ActivationLoader(config.activation_dir("train"), config.batch_size, config.seed, rank, world_size)
+    loader = training_loader(config, rank, world_size)
     held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
     clock = clock_of(config, loader.steps_per_epoch)
     same = identity(config, subject_fingerprint(config), loader.identity)

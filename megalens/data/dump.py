@@ -40,6 +40,8 @@ SPLITS = ("train", "val")
 def dump(config: Config) -> None:
     """Make both splits' dumps (of each of ``activation_dumper.layers``), unless valid ones are there; to be called by every rank.
 
+    With ``config.on_the_fly`` only the validation split's.
+
     An unfinished dump is gone on with. ``config.force_redump`` makes finished ones anew. A finished dump of other settings is not
     touched without it.
 
@@ -48,7 +50,8 @@ def dump(config: Config) -> None:
     """
     called = time.time()
     layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
-    todo = {split: [layer for layer in layers if not _kept(layer, split, called)] for split in SPLITS}
+    splits = [split for split in SPLITS if split == "val" or not config.on_the_fly]
+    todo = {split: [layer for layer in layers if not _kept(layer, split, called)] for split in splits}
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
@@ -69,7 +72,9 @@ def dump(config: Config) -> None:
 
 
 def check(config: Config, split: str) -> str | None:
-    """Why the dump of ``split`` can not serve this configuration; None: it can."""
+    """Why the dump of ``split`` can not serve this configuration; None: it can, or none is needed."""
+    if split == "train" and (config.on_the_fly or config.mix):
+        return None
     folder, want = config.activation_dir(split), config.activation_dumper
     try:
         meta = read_meta(folder)
@@ -292,7 +297,7 @@ def forward_batches(
         place in the shard, its document in the batch, and its position ``[3, rows]``.
     """
     settings = config.activation_dumper
-    contexts = _contexts(tokens, rows.source_K, settings.seq_len)
+    contexts = contexts_of(tokens, rows.source_K, settings.seq_len)
     length_K = np.zeros(len(rows.source_K), np.int64)
     np.maximum.at(length_K, rows.document_N, rows.position_N + 1)
 
@@ -317,7 +322,7 @@ def _groups(rows: Rows, length_K: np.ndarray, batch_size: int) -> Iterator[tuple
         yield order[first : first + batch_size], rank_N[places[begin:end]] - first, places[begin:end]
 
 
-def _contexts(tokens: datasets.Dataset, source_K: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def contexts_of(tokens: datasets.Dataset, source_K: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids ``[K, seq_len]`` int32 of documents, cut or padded with 0, and their ``doc_id``."""
     table = tokens.with_format("arrow")[source_K]
     lists = table["input_ids"].combine_chunks()

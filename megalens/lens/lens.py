@@ -67,6 +67,9 @@ class ConsistencyLens(nn.Module):
         there too, and cost no backward.
         """
         weights = self.loss_weights(at)
+        read = None
+        if "activation" not in batch:
+            batch, read = self._read(batch, weights)
         a_BD = batch["activation"]
         terms: dict[str, Tensor] = {}
         if weights["tail_say"] or weights["tail_read"]:
@@ -76,7 +79,7 @@ class ConsistencyLens(nn.Module):
             if weights["tail_read"]:
                 terms["tail_read"] = relative_mse(a_BD, self.reconstructor(self.subject.lm.embed(tail_BT)))
         if any(weights[name] for name in ("mse", "kl", "lm", "entropy")):
-            terms |= self._round_trip(batch, at, weights)
+            terms |= self._round_trip(batch, at, weights, read)
         loss = weighted_sum(terms, weights)
         return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
 
@@ -92,7 +95,15 @@ class ConsistencyLens(nn.Module):
             "tail_read": c.tail_read_weight,
         }
 
-    def _round_trip(self, batch: dict[str, Tensor], at: Step, weights: dict[str, float]) -> dict[str, Tensor]:
+    def _read(self, batch: dict[str, Tensor], weights: dict[str, float]) -> tuple[dict[str, Tensor], Read | None]:
+        """The batch with its activations, read now; the KL term's own read serves for it where there is one."""
+        if weights["kl"]:
+            read = self.read(batch)
+            return {**batch, "activation": read.activation_BD.float()}, read
+        rows = torch.arange(len(batch["position"]), device=batch["position"].device)
+        return {**batch, "activation": self.subject.residual(batch["input_ids"])[rows, batch["position"]].float()}, None
+
+    def _round_trip(self, batch: dict[str, Tensor], at: Step, weights: dict[str, float], read: Read | None) -> dict[str, Tensor]:
         a_BD, c = batch["activation"], self.config
         needs_text_gradient = (c.text_gradient and (weights["mse"] or weights["kl"])) or weights["lm"] or weights["entropy"]
         with nullcontext() if needs_text_gradient else torch.no_grad():
@@ -102,14 +113,14 @@ class ConsistencyLens(nn.Module):
         a_hat_BD = self.reconstructor(embeds_BTD)
         terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": text.entropy_BT.mean()}
         if weights["kl"]:
-            terms["kl"] = self._functional_kl(batch, a_hat_BD).mean()
+            terms["kl"] = self._functional_kl(batch, a_hat_BD, read).mean()
         if weights["lm"]:
             terms["lm"] = self._lm_kl(text).mean()
         return terms
 
-    def _functional_kl(self, batch: dict[str, Tensor], a_hat_BD: Tensor) -> Tensor:
-        """KL(M(a) || M(a_hat + delta)) per row, delta the error of the row's partner."""
-        read = self.read(batch)
+    def _functional_kl(self, batch: dict[str, Tensor], a_hat_BD: Tensor, read: Read | None) -> Tensor:
+        """KL(M(a) || M(a_hat + delta)) per row, delta the error of the row's partner; the contexts are read unless they were."""
+        read = read or self.read(batch)
         delta_BD = resample_error(batch["activation"].to(a_hat_BD.dtype), a_hat_BD)
         return self._vocab_kl(read.normed_BD, self.subject.patched(read, a_hat_BD + delta_BD))
 

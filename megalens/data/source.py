@@ -1,0 +1,140 @@
+"""Where a training's rows come from: its own dump, a mixture of dumps, or the subject itself as the training goes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalens.config import Config, ConfigError
+from megalens.data.dump import contexts_of, forward_batches, plan_rows
+from megalens.data.loader import ActivationLoader
+from megalens.data.moments import Moments
+from megalens.data.pretokenize import load_tokens, tokenizer_identity
+from megalens.data.sampling import Rows
+from megalens.lens.subject import check_model, load_subject, subject_fingerprint
+
+_STATISTICS_ROWS = 4096
+
+
+def training_loader(config: Config, rank: int = 0, world_size: int = 1) -> ActivationLoader:
+    """This rank's batches, as ``on_the_fly`` and ``mix`` say.
+
+    Raises:
+        DataError: a dump or the pretokenized text is missing, or of another model or layer.
+        ConfigError: an entry of ``mix`` is no FOLDER=SHARE.
+    """
+    source = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
+    loader = ActivationLoader(source, config.batch_size, config.seed, rank, world_size, workers=config.loader_workers)
+    if config.mix:
+        names = {"tokenizer_fingerprint": tokenizer_identity(config)["fingerprint"], "subject_fingerprint": subject_fingerprint(config)}
+        for reader in loader.readers:
+            reader.check_matches(layer=config.layer_l, **names)
+    return loader
+
+
+def mixture(config: Config) -> dict[str, float]:
+    """The folders of ``mix`` and their shares."""
+    shares = {}
+    for entry in config.mix:
+        folder, _, share = entry.rpartition("=")
+        try:
+            shares[folder] = float(share)
+        except ValueError:
+            raise ConfigError(f"mix: '{entry}' is no FOLDER=SHARE, e.g. data/activations/<model>/layer_<L>/<dataset>_train=0.7") from None
+    return shares
+
+
+class ContextReader:
+    """The rows of a dump, in its order, without its activations: the lens reads them from the subject, in the pass its KL term needs
+    anyway. Nothing but the pretokenized text has to be there.
+
+    Takes the place of a :class:`~megalens.data.shards.ShardReader` in a loader and gives the same batches, but for ``activation``.
+
+    Attributes:
+        mean, var, mean_normalised: of the first rows (at most 4096), read from the subject when first asked for, float32 ``[d]``.
+
+    Raises:
+        DataError: there is no pretokenized text, or fewer rows than were asked for.
+    """
+
+    def __init__(self, config: Config, split: str):
+        self.folder = Path(f"{config.dataset_label}_{split}")
+        settings = config.activation_dumper
+        self._config, self._tokens = config, load_tokens(config, split)
+        self._plan = plan_rows(config, split, self._tokens)
+        self.meta = {
+            "subject": {"name": config.model_label, "fingerprint": subject_fingerprint(config)},
+            "tokenizer": tokenizer_identity(config),
+            "layer": config.layer_l,
+            "d": check_model(config).get_text_config().hidden_size,
+            "encoding": settings.encoding,
+            "rows": self._plan.rows,
+            "seq_len": settings.seq_len,
+            "min_pos": settings.min_pos,
+            "vectors_per_sequence": settings.vectors_per_sequence,
+            "seed": config.dataset.split_seed,
+            "rows_per_shard": settings.rows_per_shard,
+            "rows_per_batch": settings.rows_per_batch,
+        }
+        text = self._tokens.fingerprint if not self._tokens.cache_files else (config.pretokenized_dir / "meta.json").read_text()
+        self.identity = hashlib.sha256((json.dumps(self.meta) + text).encode()).hexdigest()[:16]
+        first = np.arange(0, self._plan.rows, settings.rows_per_shard)
+        self._batches = [
+            (shard, row)
+            for shard, begin in enumerate(first)
+            for row in range(0, min(settings.rows_per_shard, self._plan.rows - begin), settings.rows_per_batch)
+        ]
+        ends = [min(row + settings.rows_per_batch, settings.rows_per_shard, self._plan.rows - first[shard]) for shard, row in self._batches]
+        self.batch_rows = np.array(ends) - [row for _, row in self._batches]
+        self._shard = functools.lru_cache(8)(self._plan.shard)
+
+    def __len__(self) -> int:
+        return self._plan.rows
+
+    def read_batch(self, index: int) -> dict[str, Tensor]:
+        """What :meth:`ShardReader.read_batch` gives, without ``activation``."""
+        shard, first = self._batches[index]
+        part, rows = slice(first, first + int(self.batch_rows[index])), self._shard(shard)
+        documents, member_N = np.unique(rows.document_N[part], return_inverse=True)
+        ids_KC, doc_id_K = contexts_of(self._tokens, rows.source_K[documents], self.meta["seq_len"])
+        position_N = rows.position_N[part]
+        ids_NC = ids_KC[member_N] * (np.arange(ids_KC.shape[1]) <= position_N[:, None])
+        return {
+            "input_ids": torch.from_numpy(ids_NC.astype(np.int32)),
+            "position": torch.from_numpy(position_N),
+            "doc_id": torch.from_numpy(doc_id_K[member_N]),
+            "sample_id": torch.arange(len(position_N)) + shard * self.meta["rows_per_shard"] + first,
+        }
+
+    @functools.cached_property
+    def _statistics(self) -> dict[str, list[float]]:
+        subject = load_subject(self._config, upto_block=self._config.layer_l)
+        rows = self._shard(0)
+        documents, member_N = np.unique(rows.document_N[:_STATISTICS_ROWS], return_inverse=True)
+        some = Rows(member_N, rows.position_N[:_STATISTICS_ROWS], rows.source_K[documents])
+        moments = None
+        for ids_BC, index in forward_batches(self._config, self._tokens, some)[1]:
+            part = Moments.of(subject.residual(ids_BC.to(subject.device))[index[1], index[2]].cpu())
+            moments = part if moments is None else moments + part
+        return moments.summary()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the activations."""
+        return torch.tensor(self._statistics["mean"])
+
+    @property
+    def var(self) -> Tensor:
+        """Variance of the activations per dimension."""
+        return torch.tensor(self._statistics["variance"])
+
+    @property
+    def mean_normalised(self) -> Tensor:
+        """Mean of the unit-length activations."""
+        return torch.tensor(self._statistics["mean_normalised"])
