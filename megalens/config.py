@@ -403,9 +403,8 @@ def _merge_argument(base, argument: str):
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
     _check_key(key, "the command line")
     kind = _keys(Config)[key]
-    if (
-        value != "null" and "str" in str(kind) and not str(kind).startswith("list")
-    ):  # text is taken as it stands: 001, on and a: b are no numbers, truths or mappings
+    is_list = str(kind).startswith("list")
+    if value != "null" and "str" in str(kind) and not is_list:  # text as it stands: 001, on and a: b are no numbers, truths or mappings
         return _merge(base, _nested(key, value), argument)
     try:
         return _merge(base, OmegaConf.to_container(OmegaConf.from_dotlist([argument])), argument)
