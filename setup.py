@@ -15,6 +15,7 @@ REQUIRED = [
     "omegaconf>=2.4,<3",  # typed configuration merged from files and arguments
     "tqdm>=4.66,<5",  # progress bars
     "fsspec>=2025.3",  # dumps on remote disks (datasets pins it further)
+    "zstandard>=0.23,<1",  # compressed corpora, read as streams
     "xxhash>=3.5",  # checksums of shards and fingerprints
     "peft>=0.21,<1",  # LoRA adapters on the shared base
     "wandb>=0.31,<1",  # curves and tables of a run, offline by default

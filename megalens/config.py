@@ -73,7 +73,8 @@ class Dataset:
     """Where the text comes from."""
 
     name: str = setting(
-        "wiki-leads", "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder"
+        "wiki-leads",
+        "wiki-leads (packaged corpus), a Hugging Face dataset, or a local .txt/.json/.jsonl/.parquet file or folder, also with .zst behind",
     )
     config_name: str | None = setting(None, "the hub dataset's configuration")
     split: str = setting("train", "the split to read")
@@ -91,6 +92,7 @@ class Pretokenize:
 
     root: str = setting("data/pretokenized", "folder of the pretokenized corpora")
     num_proc: int | None = setting(None, "processes; null: one per core")
+    streaming: bool = setting(False, "read the text as a stream, never kept on disk but as tokens; always so for .zst files")
 
 
 @dataclass
@@ -296,8 +298,8 @@ class Config:
     @property
     def dataset_label(self) -> str:
         """The dataset's name as a folder name."""
-        path = Path(self.dataset.name)
-        is_local = path.exists() or path.suffix in (".txt", ".json", ".jsonl", ".parquet")
+        path = Path(self.dataset.name.removesuffix(".zst"))
+        is_local = Path(self.dataset.name).exists() or path.suffix in (".txt", ".json", ".jsonl", ".parquet")
         name = path.stem if is_local else self.dataset.name
         return "_".join(filter(None, [name.strip("/").replace("/", "__"), self.dataset.config_name]))
 

@@ -123,7 +123,7 @@ def test_a_missing_file_and_a_mixed_folder_are_named(tmp_path):
 
 
 def test_a_dataset_of_the_hub_is_loaded_by_name_and_split(monkeypatch):
-    def load_dataset(name, config_name, split):
+    def load_dataset(name, config_name, split, streaming):
         assert (name, config_name) == ("SimpleStories/SimpleStories", "default")
         return datasets.Dataset.from_dict({"story": TEXTS[:30] if split == "train" else TEXTS[30:]})
 

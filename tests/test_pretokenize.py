@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import zstandard
 from dumps import quick_processes
 
 from megalens.config import config_from_dict
@@ -145,3 +146,33 @@ def test_ranks_that_start_together_make_it_once(make_config):
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
     assert is_current(config) is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "txt.zst", "jsonl"])
+def test_a_stream_gives_the_same_tokens_and_leaves_no_text_on_the_disk(tmp_path, tiny_data, monkeypatch, kind):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [json.loads(line)["text"] for line in (tiny_data / "corpus" / "tiny.jsonl").read_text().splitlines()]
+    texts = [" ".join(text.split()) for text in texts]
+    lines = [f"{text}\n" if kind == "txt.zst" else json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stream = tmp_path / f"stream.{kind}"
+    with zstandard.open(stream, "wt") if kind.endswith("zst") else stream.open("w") as file:
+        file.writelines(lines)
+    found, cached = [], []
+    for source, streaming in [(tmp_path / "plain.jsonl", False), (stream, kind == "jsonl")]:
+        config = config_from_dict(
+            {
+                "model_name": str(tiny_data / "models" / "tiny-llama"),
+                "dataset": {"name": str(source), "max_documents": 150},
+                "pretokenize": {"root": str(tmp_path / "tokens"), "num_proc": 1, "streaming": streaming},
+            }
+        )
+        assert config.dataset_label == source.name.split(".")[0]
+        pretokenize(config)
+        assert is_current(config) is None
+        found.append({split: load_tokens(config, split).to_list() for split in ("train", "val")})
+        cached.append(sorted((tmp_path / "cache").rglob("*.arrow")))
+    assert found[0] == found[1]
+    assert cached[0] == cached[1] != []
+    assert found[0]["val"]
+    assert not [path for path in (tmp_path / "tokens" / "stream").rglob("*") if "stream" in path.name]

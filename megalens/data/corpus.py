@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import xxhash
+import zstandard
 
 from megalens.config import Config
 from megalens.data import DataError
@@ -42,6 +45,35 @@ def load_documents(config: Config) -> dict[str, datasets.Dataset]:
     held_out &= draw != draw.max()
     train = train.remove_columns("draw")
     return {"train": train.select(np.flatnonzero(~held_out)), "val": train.select(np.flatnonzero(held_out))}
+
+
+def is_stream(config: Config) -> bool:
+    """Is the corpus read as a stream (``pretokenize.streaming``, or compressed files)?"""
+    return config.pretokenize.streaming or any(path.suffix == ".zst" for path in _local_files(config) or [])
+
+
+def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
+    """The usable documents of ``train`` or ``val`` one by one, as ``doc_id`` and text; nothing is kept on the disk.
+
+    The same documents as :func:`load_documents` gives, but that a corpus so small that one side stays empty is not mended.
+
+    Raises:
+        DataError: the source is missing or unreadable, or lacks the column.
+    """
+    settings, column = config.dataset, config.dataset.text_column
+    own = split == "val" and settings.val_split
+    rows = _load(config, settings.val_split if own else settings.split, streaming=True)
+    limit = config.dataset.max_documents
+    try:
+        for doc_id, row in enumerate(rows if limit is None else islice(rows, limit)):
+            if column not in row:
+                raise DataError(f"{_source(config)} has no column '{column}'; set dataset.text_column to one of: {', '.join(row)}")
+            mark = _mark({"text": [row[column]]}, settings.min_words, settings.split_seed)
+            held_out = not settings.val_split and mark["draw"][0] < settings.val_fraction * 2.0**63
+            if mark["usable"][0] and (own or held_out == (split == "val")):
+                yield doc_id, row[column]
+    except (OSError, zstandard.ZstdError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"can not read {_source(config)}: {' '.join(str(error.__cause__ or error).split())}") from None
 
 
 def source_fingerprint(config: Config) -> str | None:
@@ -107,14 +139,14 @@ def _mark(batch: dict[str, list], min_words: int, seed: int) -> dict[str, list]:
     return {"usable": usable, "draw": draw}
 
 
-def _load(config: Config, split: str) -> datasets.Dataset:
+def _load(config: Config, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
     files = _local_files(config)
     try:
         if files is None:
-            return datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split)
-        kind = _KINDS[files[0].suffix]
+            return datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=streaming)
+        kind = _kind(files[0])
         options = {"sample_by": "paragraph" if _has_blank_line(files) else "line"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train", **options)
+        return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train", streaming=streaming, **options)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         hint = "" if files else " (no local file has that name; dataset.name takes wiki-leads, a file or folder, or a dataset of the hub)"
@@ -127,22 +159,26 @@ def _local_files(config: Config) -> list[Path] | None:
     if name == "wiki-leads" and not path.exists():
         raise DataError(f"the packaged corpus {path} is missing; make it with: python tools/prepare_demo.py")
     if not path.exists():
-        if path.suffix in _KINDS or name.startswith((".", "/", "~")):
+        if _kind(path) or name.startswith((".", "/", "~")):
             raise DataError(f"dataset.name={name}: no such file or folder")
         return None
     if config.dataset.val_split:
         raise DataError(f"dataset.val_split is for datasets of the hub; {name} is divided by dataset.val_fraction, so leave it null")
-    files = sorted(p for p in path.rglob("*") if p.suffix in _KINDS) if path.is_dir() else [path]
-    kinds = {_KINDS.get(p.suffix) for p in files}
+    files = sorted(p for p in path.rglob("*") if _kind(p)) if path.is_dir() else [path]
+    kinds = {_kind(p) for p in files}
     if len(kinds) != 1 or None in kinds:
         found = "several kinds of files" if len(kinds) > 1 else "no file that can be read"
         raise DataError(f"dataset.name={name} holds {found}; give .txt, .json or .jsonl, or .parquet files of one kind")
     return files
 
 
+def _kind(path: Path) -> str | None:
+    return _KINDS.get(Path(path.name.removesuffix(".zst")).suffix)
+
+
 def _has_blank_line(files: list[Path]) -> bool:
     for path in files:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with (zstandard.open if path.suffix == ".zst" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
             if any(not line.strip() for line in file):
                 return True
     return False

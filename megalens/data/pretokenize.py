@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import datasets
 
 from megalens.config import Config
 from megalens.data import DataError
-from megalens.data.corpus import load_documents, processes, source_fingerprint
+from megalens.data.corpus import is_stream, load_documents, processes, source_fingerprint, stream_documents
 from megalens.data.files import Lock, checksum_of, explain_full_disk
 from megalens.lens.subject import load_tokenizer, tokenizer_fingerprint
 
@@ -145,7 +147,17 @@ def _start(tokenizer) -> list[int]:
 
 def _write(config: Config, folder: Path) -> None:
     tokenizer, counts = load_tokenizer(config), {}
-    for split, documents in load_documents(config).items():
+    streams = dict.fromkeys(("train", "val")) if is_stream(config) else {}
+    for split in streams:
+        cache = folder / f"{split}.stream"
+        arguments = {"config": config, "split": split, "tokenizer": tokenizer}
+        tokens = datasets.Dataset.from_generator(_stream_tokens, features=_COLUMNS, cache_dir=str(cache), gen_kwargs=arguments)
+        if len(tokens) == 0:
+            raise DataError(f"dataset.name={config.dataset.name} has no usable {split} document; see dataset.min_words and val_fraction")
+        counts[split] = _save(tokens, folder / split)
+        del tokens
+        shutil.rmtree(cache)
+    for split, documents in ({} if streams else load_documents(config)).items():
         workers = processes(config, len(documents))
         if workers:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -159,8 +171,7 @@ def _write(config: Config, folder: Path) -> None:
             cache_file_name=str(folder / f"{split}.cache"),
             desc=f"tokenizing {split}",
         )
-        tokens.save_to_disk(str(folder / split))
-        counts[split] = {"documents": len(tokens), "tokens": sum(len(chunk.values) for chunk in tokens.data["input_ids"].chunks)}
+        counts[split] = _save(tokens, folder / split)
         del tokens
         for cache in folder.glob(f"{split}*.cache"):
             cache.unlink()
@@ -168,6 +179,20 @@ def _write(config: Config, folder: Path) -> None:
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum_of(path)} for path in paths}
     meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _stream_tokens(config: Config, split: str, tokenizer) -> Iterator[dict]:
+    documents = stream_documents(config, split)
+    while batch := list(islice(documents, 1000)):
+        ids, texts = zip(*batch, strict=True)
+        for doc_id, tokens in zip(ids, encode(tokenizer, list(texts)), strict=True):
+            yield {"input_ids": tokens, "doc_id": doc_id}
+
+
+def _save(tokens: datasets.Dataset, folder: Path) -> dict[str, int]:
+    """Write one split; returns its counts."""
+    tokens.save_to_disk(str(folder))
+    return {"documents": len(tokens), "tokens": sum(len(chunk.values) for chunk in tokens.data["input_ids"].chunks)}
 
 
 def _identity(config: Config) -> dict:
