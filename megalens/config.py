@@ -184,6 +184,17 @@ class EarlyTermination:
 
 
 @dataclass
+class Fsdp:
+    """FSDP2 (engine fsdp)."""
+
+    shard_ranks: int | None = setting(
+        None, "ranks that share one copy of the model, e.g. those of a node (hybrid sharding: whole copies between nodes); null: all ranks"
+    )
+    offload: bool = setting(False, "keep parameters, gradients and optimizer state on the CPU")
+    gather_gb: float = setting(0.0, "GPU memory for blocks that stay gathered through a micro-step, not anew for every decoded token")
+
+
+@dataclass
 class Wandb:
     """Weights & Biases."""
 
@@ -282,7 +293,12 @@ class Config:
     detect_anomaly: bool = setting(False, "check hidden states for NaN and infinity and name the sample and token")
     wandb: Wandb = setting(Wandb(), "Weights & Biases")
     evaluation: Evaluation = setting(Evaluation(), "tools/eval.py")
-    deepspeed: str | None = setting(None, "a DeepSpeed configuration file (also --deepspeed FILE); null: the local engine")
+    engine: str = setting("auto", "auto (deepspeed where a file is given, else local) | fsdp (FSDP2, under torchrun)", ("auto", "fsdp"))
+    deepspeed: str | None = setting(None, "a DeepSpeed configuration file (also --deepspeed FILE); null: no DeepSpeed")
+    fsdp: Fsdp = setting(Fsdp(), "engine=fsdp")
+    stall_seconds: float = setting(
+        1800.0, "a training without a step (or validation, or save) for so long is ended, and tells where each rank stands; 0: never"
+    )
 
     @property
     def run_dir(self) -> Path:
@@ -531,12 +547,14 @@ def validate(config: Config) -> None:
         "tail_read_weight",
         "dataset.min_words",
         "validation.num_examples",
+        "fsdp.gather_gb",
+        "stall_seconds",
         "evaluation.examples",
         "evaluation.report_documents",
     ]
     for key in positive:
         _require(_get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0")
-    for key in ["dataset.max_documents", "pretokenize.num_proc", "verbalizer.checkpoint_every_n_tokens"]:
+    for key in ["dataset.max_documents", "pretokenize.num_proc", "verbalizer.checkpoint_every_n_tokens", "fsdp.shard_ranks"]:
         _require(_get(config, key) is None or _get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0, or null")
     for key in not_negative:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")
@@ -588,6 +606,7 @@ def validate(config: Config) -> None:
         config.tail_read_weight,
     ]
     _require(any(weights), "every loss weight is 0; set mse_weight, kl_base_weight, lm_base_weight, tail_say_weight or tail_read_weight")
+    _require(config.engine == "auto" or config.deepspeed is None, "engine=fsdp needs no deepspeed file; leave one of the two out")
     _require(
         config.kl_base_weight == 0 or config.batch_size % 2 == 0,
         "kl_base_weight needs an even batch_size: each sample is paired with another of the batch",

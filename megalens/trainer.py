@@ -19,6 +19,7 @@ from megalens.config import Config
 from megalens.engine.base import Engine
 from megalens.engine.checkpoint import RunFolder, Statistics, first_not_finite, save_lens
 from megalens.engine.files import save_json
+from megalens.engine.watchdog import Watchdog
 from megalens.lens.lens import Step
 from megalens.schedule import Clock, duration_steps, lr_factor, schedule_value
 from megalens.signals import StopSignals
@@ -161,11 +162,13 @@ class Trainer:
             None at the end; the signal's number when one stopped it (the training can go on from its last checkpoint).
         """
         batches = self.loader.batches(start_step=self.progress.step)
-        with StopSignals() as signals:
+        with StopSignals() as signals, Watchdog(self.config.stall_seconds) as watchdog:
             while True:
+                watchdog.at(f"micro-step {self.progress.step}")
                 stop = max(self.engine.gather(signals.received or 0)) if self.engine.any(signals.received is not None) else 0
                 at_end = self.progress.step >= self.clock.last_step
                 improved = not stop and self._validate_if_due(at_end)
+                watchdog.at(f"micro-step {self.progress.step}, validated")
                 self._save_if_due(stop or at_end or improved)
                 if stop or at_end:
                     break
@@ -225,10 +228,15 @@ class Trainer:
             "train/epoch": p.step / self.clock.steps_per_epoch,
             "train/skipped": p.skipped,
             "perf/samples_per_second": (p.step - self._logged) * self.config.batch_size / max(now - self._since, 1e-9),
-        }
+        } | self._traffic((p.step - self._logged) // self.clock.steps_per_update)
         self._logged, self._since = p.step, now
         p.window, p.window_size = {}, 0
         self.run.log(p.step, figures)
+
+    def _traffic(self, updates: int) -> dict[str, float]:
+        """Collectives and their megabytes per optimizer step, since they were last logged, where the engine counts them."""
+        calls, size = self.engine.traffic.take()
+        return {"perf/collectives": calls / updates, "perf/collective_mb": size / updates / 2**20} if calls else {}
 
     # ------------------------------------------------------------------------------------------- validating and saving
 

@@ -11,19 +11,22 @@ from pathlib import Path
 import torch
 from test_engine import NAMES, At, FakeLens, make_batch
 
-from megalens.config import Config
+from megalens.config import Config, Fsdp
 from megalens.engine import build_engine, join_ranks, leave_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [None, "z1", "z2", "z3", "z3_offload"]
+STAGES = [None, "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 SPOILT = 3  # this update has a loss that is not finite on one rank
 
 
 def make_engine(stage, dtype, weights=None):
     torch.manual_seed(0)
     module = FakeLens(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    file = stage and str(ROOT / "ds_configs" / f"{stage}.json")
-    config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2, deepspeed=file)
+    config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2)
+    if stage is not None and stage.startswith("fsdp"):
+        config.engine, config.fsdp = "fsdp", Fsdp(offload=stage == "fsdp_offload")
+    elif stage is not None:
+        config.deepspeed = str(ROOT / "ds_configs" / f"{stage}.json")
     config.learning_rate, config.weight_decay = 0.01, 0.1
     if weights:
         with torch.no_grad():

@@ -174,7 +174,7 @@ def test_training_nothing_is_refused():
 
 # ------------------------------------------------------------------------------------------------- every engine, 2 ranks
 
-ENGINES = ["None", "z1", "z2", "z3", "z3_offload"]
+ENGINES = ["None", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 
 
 @pytest.fixture(scope="module")

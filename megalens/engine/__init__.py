@@ -10,13 +10,17 @@ __all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks",
 
 
 def build_engine(config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:
-    """The engine that ``config.deepspeed`` asks for: DeepSpeed's ZeRO 1-3, or the local one (also for ZeRO 0, which shards nothing).
+    """The engine that ``config`` asks for: FSDP2, DeepSpeed's ZeRO 1-3, or the local one (also for ZeRO 0, which shards nothing).
 
     Args:
         module: called as ``module(batch, at)``.
         groups: its trainable parameters by group and name.
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
     """
+    if config.engine == "fsdp":
+        from megalens.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(config, module, groups, weights)
     if config.deepspeed is not None:
         from megalens.engine.ds_config import zero_stage
 

@@ -1,7 +1,7 @@
 """What every engine offers: one optimizer step over micro-batches, full weights and optimizer state, and a few words between ranks.
 
 An engine moves the trainable parameters of any ``nn.Module`` that is called as ``module(batch, at)`` and returns a dict of scalars
-with a ``"loss"``. It knows neither lens nor data. Both engines keep their optimizer's state in the same file by parameter name, so that a
+with a ``"loss"``. It knows neither lens nor data. All engines keep their optimizer's state in the same file by parameter name, so that a
 run saved by one is read by the other, on any number of ranks.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ def join_ranks(device: torch.device) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
 
 
+def join_alone(device: torch.device) -> None:
+    """A process group of one for an engine that always wants one, when no launcher made a larger one."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def leave_ranks() -> None:
     """Leave the process group, when in one."""
     if dist.is_initialized():
@@ -42,6 +49,26 @@ def leave_ranks() -> None:
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Traffic:
+    """What an engine's collectives have moved: calls by kind, and the bytes of the whole tensors."""
+
+    def __init__(self):
+        self.calls: Counter[str] = Counter()
+        self.bytes = 0
+
+    def add(self, kind: str, whole: Tensor) -> None:
+        """One collective over a tensor."""
+        self.calls[kind] += 1
+        self.bytes += whole.numel() * whole.element_size()
+
+    def take(self) -> tuple[int, int]:
+        """Calls and bytes since this was last asked."""
+        taken = self.calls.total(), self.bytes
+        self.calls.clear()
+        self.bytes = 0
+        return taken
 
 
 class Engine(ABC):
@@ -57,6 +84,7 @@ class Engine(ABC):
         self.config, self.module = config, module
         self.device = next(module.parameters()).device
         self.rank, self.world_size = rank_and_size()
+        self.traffic = Traffic()
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
         if not self.parameters:
             raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
@@ -130,6 +158,7 @@ class Engine(ABC):
 
     def _sum(self, values: Tensor) -> None:
         if self.world_size > 1:
+            self.traffic.add("all_reduce", values)
             dist.all_reduce(values)
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
-from megalens.engine.base import Batch, Engine, Groups, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, join_alone, optimizer_groups, to_device
 from megalens.engine.ds_config import resolve
 
 
@@ -35,8 +34,7 @@ class ZeroEngine(Engine):
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")
-        if not dist.is_initialized():  # without a launcher: a group of one
-            dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        join_alone(next(module.parameters()).device)
         super().__init__(config, module, groups)
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         deepspeed = _import_deepspeed(on_gpu)

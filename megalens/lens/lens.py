@@ -167,6 +167,16 @@ class ConsistencyLens(nn.Module):
                 groups["base_model" if ".lora_" in name or ".own" in name else head][name] = parameter
         return groups
 
+    def shard_units(self) -> list[list[nn.Module]]:
+        """What a sharding engine gathers together: every block, the tied vocabulary, and each other part that is called on its own."""
+        lm = self.subject.lm
+        whole = [*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values(), self.verbalizer.projection]
+        whole.append(self.reconstructor.head)
+        vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
+        inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
+        rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
+        return [*([part] for part in [*whole, *rest]), vocabulary]
+
     def lens_state_names(self) -> list[str]:
         """Names in the state dict of all that is not the frozen subject: what a checkpoint of the lens holds."""
         return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]

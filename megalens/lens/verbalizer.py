@@ -139,9 +139,10 @@ class Verbalizer(nn.Module):
         cache = KVCache(room=self.length + self.t_text)
         hidden_1LD = lm.enter(self.prompt(), positions)
         hidden_1LD = lm.run(hidden_1LD, 0, self.enters, positions, cache=cache, own=own)
-        if slot:
-            lm.run(hidden_1LD[:, :slot], self.enters, self.blocks, positions[:, :slot], cache=cache, own=own)
         value_B1D = self.projection(a_BD)[:, None].to(hidden_1LD.dtype)
+        if slot:  # only its keys and values are used, but a sharded engine gathers a block for backward through its output
+            seen_1LD = lm.run(hidden_1LD[:, :slot], self.enters, self.blocks, positions[:, :slot], cache=cache, own=own)
+            value_B1D = value_B1D + 0.0 * seen_1LD[:, -1:]
         if self.enters == 0:
             value_B1D = lm.enter(value_B1D, positions[:, slot : slot + 1])
         hidden = torch.cat([value_B1D, hidden_1LD[:, slot + 1 :].expand(len(a_BD), -1, -1)], dim=1)

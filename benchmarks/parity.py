@@ -1,0 +1,223 @@
+"""Every engine computes the same run: one config, seed and global batch on each engine and number of ranks, beside one process.
+
+    python benchmarks/parity.py [--modes frozen,lora,full] [--engines local,z3,fsdp] [--steps 20] [--json FILE]
+
+A tiny random Llama in fp32 under AdamW, every loss term on, on CPUs over gloo. Columns: the largest relative difference of a step's loss;
+the largest difference of a final weight, relative to the largest weight of its tensor; the bytes of all tensors that a rank holds
+right behind an optimizer step (parameters, gradients, optimizer state, buffers), relative to one process.
+Exit code 1 when a loss differs by more than 1e-4 or a weight by more than 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MODES = ("frozen", "lora", "full")
+RUNS = {  # number of ranks: engines
+    1: ["local"],
+    2: ["local", "z0", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_gathered", "fsdp_offload"],
+    3: ["local", "z3", "fsdp"],
+    4: ["fsdp_hybrid"],
+}
+BATCH, CONTEXT, VOCABULARY = 24, 16, 500
+TOLERANCE = 1e-4
+
+
+def main(arguments: list[str]) -> int:
+    """Launch the runs, compare them, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--engines", default=",".join(sorted({name for names in RUNS.values() for name in names})))
+    parser.add_argument("--ranks", default=",".join(map(str, RUNS)), help="numbers of ranks (1 is always run)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--on-this-rank", help=argparse.SUPPRESS)  # what the launched processes are told
+    options = parser.parse_args(arguments)
+    modes, engines = options.modes.split(","), options.engines.split(",")
+    if options.on_this_rank:
+        run_rank(Path(options.on_this_rank), modes, engines, options.steps)
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        for ranks in sorted({1, *map(int, options.ranks.split(","))}):
+            chosen = [name for name in RUNS[ranks] if name in engines] if ranks > 1 else ["local"]
+            if chosen:
+                launch(folder, ranks, options.modes, chosen, options.steps)
+        for mode in modes:
+            alone = read(folder, 1, mode, "local")
+            for ranks, names in RUNS.items():
+                rows += [compare(folder, ranks, mode, name, alone) for name in names if (folder / label(ranks, mode, name)).is_dir()]
+    print(table(rows))
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return int(any(max(row["loss"], row["weights"]) > TOLERANCE for row in rows))
+
+
+def label(ranks: int, mode: str, engine: str) -> str:
+    """The folder of a run."""
+    return f"{mode}-{engine}-{ranks}"
+
+
+def prepare(folder: Path) -> None:
+    """The model, and DeepSpeed files for a model as small as this one."""
+    from megalens.tiny import make_model
+
+    make_model(folder / "model")
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings["zero_optimization"]["stage"] == 3:  # which else keeps parameters of fewer than 100,000 numbers whole
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / path.name).write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "z0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}), encoding="utf-8")
+
+
+def launch(folder: Path, ranks: int, modes: str, engines: list[str], steps: int) -> None:
+    """All runs of a number of ranks in one launch."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    options = ["--modes", modes, "--engines", ",".join(engines), "--steps", str(steps), "--on-this-rank", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *launcher, __file__, *options], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: the run on {ranks} ranks failed:\n{done.stderr[-3000:]}")
+
+
+def run_rank(folder: Path, modes: list[str], engines: list[str], steps: int) -> None:
+    """What one rank of a launch does: each run in turn."""
+    import torch
+
+    from megalens.engine import join_ranks, leave_ranks
+
+    torch.set_num_threads(1)
+    join_ranks(torch.device("cpu"))
+    for mode in modes:
+        for name in engines:
+            run(folder, mode, name, steps)
+            gc.collect()
+    leave_ranks()
+
+
+def run(folder: Path, mode: str, name: str, steps: int) -> None:
+    """One training; rank 0 writes its losses, final weights and bytes."""
+    import torch
+
+    from megalens.engine import build_engine, rank_and_size
+    from megalens.engine.files import save_json, save_tensors
+    from megalens.lens.lens import Step, build_lens
+
+    rank, ranks = rank_and_size()
+    config, draw = configure(folder, mode, name), torch.Generator().manual_seed(0)
+    mean, var = torch.randn(64, generator=draw), torch.rand(64, generator=draw) + 0.5
+    lens = build_lens(config, mean, var)
+    engine = build_engine(config, lens, lens.parameter_groups())
+    optimizer = engine.optimizer if hasattr(engine, "optimizer") else engine.sharded.optimizer
+    held, losses = [0], []
+    for update in range(steps):
+        if update == steps - 1:
+            optimizer.register_step_post_hook(lambda *_: held.append(held_bytes()))
+        batches = [share(make_batch(draw), rank, ranks) for _ in range(2)]
+        losses.append(engine.train_step(batches, Step(update, tau=1.0, alpha=0.5), 1.0)["loss"])
+    weights = engine.full_state(lens.lens_state_names())
+    calls = {kind: count // steps for kind, count in engine.traffic.calls.items()}
+    engine.close()
+    if rank == 0:
+        place = folder / label(ranks, mode, name)
+        place.mkdir()
+        save_tensors(place / "lens.safetensors", weights)
+        save_json(place / "run.json", {"losses": losses, "bytes": max(held), "collectives": calls})
+
+
+def configure(folder: Path, mode: str, name: str):
+    """The configuration of a run."""
+    from megalens.config import config_from_dict
+
+    engine = {"engine": "fsdp"} if name.startswith("fsdp") else {} if name == "local" else {"deepspeed": str(folder / f"{name}.json")}
+    extra = {
+        "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
+        "fsdp_offload": {"fsdp": {"offload": True}},
+        "fsdp_gathered": {"fsdp": {"gather_gb": 1.0}},
+    }
+    loss = {"kl_base_weight": 0.5, "lm_base_weight": 0.5, "tail_say_weight": 1.0, "tail_read_weight": 1.0, "entropy_weight": 0.01}
+    settings = {"model_name": str(folder / "model"), "layer_l": 1, "t_text": 3, "device": "cpu", "dtype": "fp32", "train_mode": mode}
+    settings |= {"batch_size": BATCH, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lora": {"r": 4, "alpha": 4.0}}
+    return config_from_dict(settings | loss | engine | extra.get(name, {}))
+
+
+def make_batch(draw) -> dict:
+    """A global batch of made-up contexts and activations."""
+    import torch
+
+    return {
+        "activation": torch.randn(BATCH, 64, generator=draw) + 1,
+        "input_ids": torch.randint(3, VOCABULARY, (BATCH, CONTEXT), generator=draw),
+        "position": torch.randint(6, CONTEXT, (BATCH,), generator=draw),
+        "sample_id": torch.randint(0, 10**6, (BATCH,), generator=draw),
+    }
+
+
+def share(batch: dict, rank: int, ranks: int) -> dict:
+    """A rank's rows of it."""
+    size = BATCH // ranks
+    return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
+
+
+def held_bytes() -> int:
+    """Bytes of the storages of all tensors that Python knows, their gradients included."""
+    import torch
+
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    tensors += [value.grad for value in tensors if value.is_leaf and value.grad is not None]
+    found = {}
+    for value in tensors:
+        local = value.to_local() if hasattr(value, "to_local") else value
+        if local.device.type == "cpu" and local.layout == torch.strided:
+            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def read(folder: Path, ranks: int, mode: str, name: str) -> dict:
+    """What a run wrote."""
+    from safetensors.torch import load_file
+
+    place = folder / label(ranks, mode, name)
+    return json.loads((place / "run.json").read_text(encoding="utf-8")) | {"weights": load_file(str(place / "lens.safetensors"))}
+
+
+def compare(folder: Path, ranks: int, mode: str, name: str, alone: dict) -> dict:
+    """A row of the table."""
+    found = read(folder, ranks, mode, name)
+    weights = found["weights"]
+    return {
+        "mode": mode,
+        "engine": name,
+        "ranks": ranks,
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(found["losses"], alone["losses"], strict=True)),
+        "weights": max(((weights[n] - w).abs().max() / w.abs().max().clamp_min(1e-12)).item() for n, w in alone["weights"].items()),
+        "bytes": found["bytes"] / alone["bytes"],
+        "collectives": found["collectives"],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = ["| mode | engine | ranks | loss | weights | bytes per rank |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        held = f"{row['bytes']:.2f}" if row["bytes"] else ""
+        lines.append(f"| {row['mode']} | {row['engine']} | {row['ranks']} | {row['loss']:.1e} | {row['weights']:.1e} | {held} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

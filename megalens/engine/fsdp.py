@@ -1,0 +1,184 @@
+"""FSDP2: parameters, gradients and optimizer state in shards over the ranks, by PyTorch's own ``fully_shard``.
+
+What is sharded and gathered together are the module's ``shard_units()`` (lists of modules). Units of several modules (tied embeddings)
+stay gathered through a forward or backward pass; all others are gathered when one of their modules is called, or, for those
+that fit into ``fsdp.gather_gb``, once per micro-step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
+from megalens.engine.base import Batch, Engine, EngineError, Groups, Traffic, join_alone, optimizer_groups, to_device
+
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in PyTorch 2.13
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class FsdpEngine(Engine):
+    """AdamW on float32 shards of the trainable parameters; what is frozen is sharded in its own dtype.
+
+    Args:
+        weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
+
+    Raises:
+        EngineError: ``fsdp.shard_ranks`` does not divide the ranks.
+    """
+
+    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+        join_alone(next(module.parameters()).device)
+        super().__init__(config, module, groups)
+        compute_dtype = next(iter(self.parameters.values())).dtype
+        self._widen(weights or {})
+        self.mesh = _mesh(config.fsdp.shard_ranks, self.device.type, self.world_size)
+        options = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
+        }
+        room = config.fsdp.gather_gb * 2**30
+        for unit in getattr(module, "shard_units", list)():
+            size = sum(p.numel() * p.element_size() for m in unit for p in m.parameters())
+            fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=True, **options)
+            if size <= room and len(unit) == 1:
+                unit[0].set_reshard_after_forward(False)
+                unit[0].set_reshard_after_backward(False)
+                room -= size
+        fully_shard(module, **options)
+        self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        for part in self._sharded:
+            part.set_custom_all_gather(_AllGather(self.traffic))
+            part.set_custom_reduce_scatter(_ReduceScatter(self.traffic))
+        module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
+        self.shards = dict(module.named_parameters())
+        by_parameter = {parameter: name for name, parameter in self.parameters.items()}
+        self.parameters = {name: self.shards[name] for name in self.parameters}
+        self.masters = {name: nn.Parameter(shard.to_local().detach()) for name, shard in self.parameters.items()}
+        chosen = [{**g, "params": [self.masters[by_parameter[p]] for p in g["params"]]} for g in optimizer_groups(config, groups)]
+        self.optimizer = torch.optim.AdamW(chosen, betas=tuple(config.betas), fused=True)
+
+    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            terms = self.module(to_device(batch, self.device), at)
+            (terms["loss"] / len(batches)).backward()
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + value.detach().double()
+        self._reshard()
+        metrics = self.reduce_mean({name: value.item() / len(batches) for name, value in total.items()})
+        gradients = {name: self._take_gradient(name) for name in self.masters}
+        norm = self._norm(gradients)
+        finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
+        if finite:
+            self._update(gradients, norm, lr_factor)
+        return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
+
+    def _update(self, gradients: dict[str, Tensor], norm: Tensor, lr_factor: float) -> None:
+        clip = (self.config.grad_clip / (norm + 1e-6)).clamp_max(1.0).item() if self.config.grad_clip else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
+        for name, master in self.masters.items():
+            master.grad = gradients[name].mul_(clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def full_state(self, names: list[str]) -> dict[str, Tensor]:
+        self._reshard()
+        state = {}
+        for name in names:
+            value = self._whole(self.shards[name].to_local(), self.shards[name])
+            if self.is_main:
+                state[name] = value.to("cpu", torch.float32, copy=True)
+        return state
+
+    def save_state(self, folder: Path) -> None:
+        moments = {}
+        for name, master in self.masters.items():
+            state = self.optimizer.state.get(master)
+            values = {key: self._whole(state[key] if state else torch.zeros_like(master), self.shards[name]) for key in MOMENTS}
+            if self.is_main:
+                moments[name] = {key: value.cpu() for key, value in values.items()}
+        if self.is_main:
+            steps = next((state["step"].item() for state in self.optimizer.state.values()), 0.0)
+            save_adam_state(folder, steps, moments.items())
+
+    def load_state(self, folder: Path) -> None:
+        saved = AdamState(folder, {name: tuple(shard.shape) for name, shard in self.parameters.items()})
+        for name, master in self.masters.items():
+            shard = self.shards[name]
+            shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+            place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+            moments = {key: value[place].to(master.device).clone() for key, value in saved.moments(name).items()}
+            self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=master.device), **moments}
+
+    def _widen(self, weights: dict[str, Tensor]) -> None:
+        """Float32 values of what is trained, the same on every rank."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.data = weights[name].to(self.device).float() if name in weights else parameter.data.float()
+                if self.world_size > 1:
+                    dist.broadcast(parameter.data, 0)
+
+    def _reshard(self) -> None:
+        for part in self._sharded:
+            part.reshard()
+
+    def _take_gradient(self, name: str) -> Tensor:
+        """This rank's shard of a gradient, averaged over ranks; zero where there was none."""
+        shard, master = self.parameters[name], self.masters[name]
+        gradient, shard.grad = shard.grad, None
+        return torch.zeros_like(master) if gradient is None else gradient.to_local()
+
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().to(self.device)
+        self._sum(squares)
+        copies = self.world_size // self.mesh.size(-1)
+        return (squares / copies).sqrt().float()
+
+    def _whole(self, local: Tensor, like: DTensor) -> Tensor:
+        """The whole tensor, on every rank, of which each rank holds the shard that it holds of ``like``."""
+        local = local.detach().to(self.device)
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+
+
+def _mesh(shard_ranks: int | None, device_type: str, ranks: int) -> DeviceMesh:
+    if shard_ranks is None or shard_ranks == ranks:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
+    if ranks % shard_ranks:
+        raise EngineError(f"fsdp.shard_ranks={shard_ranks} does not divide the {ranks} processes")
+    return init_device_mesh(device_type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+
+
+class _Collective:
+    """A collective of FSDP that is counted."""
+
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Collective):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False):
+        self.traffic.add("all_gather", output_tensor)
+        return _gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter(_Collective):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op, async_op: bool = False):
+        self.traffic.add("reduce_scatter", input_tensor)
+        return _scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
