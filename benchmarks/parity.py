@@ -3,9 +3,9 @@
     python benchmarks/parity.py [--modes frozen,lora,full] [--engines local,z3,fsdp] [--steps 20] [--json FILE]
 
 A tiny random Llama in fp32 under AdamW, every loss term on, on CPUs over gloo. Columns: the largest relative difference of a step's loss;
-the largest difference of a final weight, relative to the largest weight of its tensor; the bytes of all tensors that a rank holds
-right behind an optimizer step (parameters, gradients, optimizer state, buffers), relative to one process.
-Exit code 1 when a loss differs by more than 1e-4 or a weight by more than 1e-4.
+the largest difference of a final weight, relative to the largest weight of its tensor; collectives per optimizer step (FSDP's own are
+counted, DeepSpeed's are not). Exit code 1 when a loss differs by more than 1e-5, or a weight by more than 1e-3: AdamW turns a gradient
+that is nothing but rounding into a step as long as any other, most visibly in LoRA matrices that started at zero.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNS = {  # number of ranks: engines
     4: ["fsdp_hybrid"],
 }
 BATCH, CONTEXT, VOCABULARY = 24, 16, 500
-TOLERANCE = 1e-4
+LOSS, WEIGHTS = 1e-5, 1e-3  # largest relative differences
 
 
 def main(arguments: list[str]) -> int:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     print(table(rows))
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return int(any(max(row["loss"], row["weights"]) > TOLERANCE for row in rows))
+    return int(any(row["loss"] > LOSS or row["weights"] > WEIGHTS for row in rows))
 
 
 def label(ranks: int, mode: str, engine: str) -> str:
@@ -109,7 +109,7 @@ def run_rank(folder: Path, modes: list[str], engines: list[str], steps: int) -> 
 
 
 def run(folder: Path, mode: str, name: str, steps: int) -> None:
-    """One training; rank 0 writes its losses, final weights and bytes."""
+    """One training; rank 0 writes its losses and final weights."""
     import torch
 
     from megalens.engine import build_engine, rank_and_size
@@ -121,11 +121,8 @@ def run(folder: Path, mode: str, name: str, steps: int) -> None:
     mean, var = torch.randn(64, generator=draw), torch.rand(64, generator=draw) + 0.5
     lens = build_lens(config, mean, var)
     engine = build_engine(config, lens, lens.parameter_groups())
-    optimizer = engine.optimizer if hasattr(engine, "optimizer") else engine.sharded.optimizer
-    held, losses = [0], []
+    losses = []
     for update in range(steps):
-        if update == steps - 1:
-            optimizer.register_step_post_hook(lambda *_: held.append(held_bytes()))
         batches = [share(make_batch(draw), rank, ranks) for _ in range(2)]
         losses.append(engine.train_step(batches, Step(update, tau=1.0, alpha=0.5), 1.0)["loss"])
     weights = engine.full_state(lens.lens_state_names())
@@ -135,7 +132,7 @@ def run(folder: Path, mode: str, name: str, steps: int) -> None:
         place = folder / label(ranks, mode, name)
         place.mkdir()
         save_tensors(place / "lens.safetensors", weights)
-        save_json(place / "run.json", {"losses": losses, "bytes": max(held), "collectives": calls})
+        save_json(place / "run.json", {"losses": losses, "collectives": calls})
 
 
 def configure(folder: Path, mode: str, name: str):
@@ -172,21 +169,6 @@ def share(batch: dict, rank: int, ranks: int) -> dict:
     return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
 
 
-def held_bytes() -> int:
-    """Bytes of the storages of all tensors that Python knows, their gradients included."""
-    import torch
-
-    gc.collect()
-    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-    tensors += [value.grad for value in tensors if value.is_leaf and value.grad is not None]
-    found = {}
-    for value in tensors:
-        local = value.to_local() if hasattr(value, "to_local") else value
-        if local.device.type == "cpu" and local.layout == torch.strided:
-            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
-    return sum(found.values())
-
-
 def read(folder: Path, ranks: int, mode: str, name: str) -> dict:
     """What a run wrote."""
     from safetensors.torch import load_file
@@ -205,17 +187,16 @@ def compare(folder: Path, ranks: int, mode: str, name: str, alone: dict) -> dict
         "ranks": ranks,
         "loss": max(abs(a - b) / abs(b) for a, b in zip(found["losses"], alone["losses"], strict=True)),
         "weights": max(((weights[n] - w).abs().max() / w.abs().max().clamp_min(1e-12)).item() for n, w in alone["weights"].items()),
-        "bytes": found["bytes"] / alone["bytes"],
         "collectives": found["collectives"],
     }
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| mode | engine | ranks | loss | weights | bytes per rank |", "|---|---|---|---|---|---|"]
+    lines = ["| mode | engine | ranks | loss | weights | collectives |", "|---|---|---|---|---|---|"]
     for row in rows:
-        held = f"{row['bytes']:.2f}" if row["bytes"] else ""
-        lines.append(f"| {row['mode']} | {row['engine']} | {row['ranks']} | {row['loss']:.1e} | {row['weights']:.1e} | {held} |")
+        calls = sum(row["collectives"].values())
+        lines.append(f"| {row['mode']} | {row['engine']} | {row['ranks']} | {row['loss']:.1e} | {row['weights']:.1e} | {calls} |")
     return "\n".join(lines)
 
 
