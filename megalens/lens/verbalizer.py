@@ -91,7 +91,8 @@ class Verbalizer(nn.Module):
         if options.inject == "block":
             offset_D, scale_D = mean_D, std_D
         else:
-            offset_D, scale_D = torch.zeros_like(mean_D), vocabulary.norm(dim=-1).mean().cpu() / len(mean_D) ** 0.5 * torch.ones_like(std_D)
+            norm = vocabulary.norm(dim=-1).mean().to(mean_D.device)
+            offset_D, scale_D = torch.zeros_like(mean_D), norm / len(mean_D) ** 0.5 * torch.ones_like(std_D)
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
         trained = range(self.enters, self.blocks)
         self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})

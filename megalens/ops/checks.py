@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -52,4 +54,9 @@ def check_impl(op: str, impl: str, known: tuple[str, ...]) -> None:
 
 def cast_under_autocast(hidden: Tensor, weight: Tensor) -> Tensor:
     """Under autocast, hidden states arrive in its dtype: cast them to the weight's, which is what a vocabulary op computes in."""
-    return hidden.to(weight.dtype) if torch.is_autocast_enabled(hidden.device.type) else hidden
+    return hidden.to(weight.dtype) if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) else hidden
+
+
+def without_autocast(tensor: Tensor):
+    """A context without autocast on the tensor's device; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalens.ops import gumbel_tile
-from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap
+from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap, without_autocast
 from megalens.ops.noise import gumbel
 from megalens.ops.tile import tiles_pay, wide
 
@@ -85,7 +85,7 @@ def gumbel_embed(
     check_device("gumbel_embed", hidden=hidden_BD, in_weight=in_weight_VD, keys=keys_B)
     if impl == "auto":
         impl = _fastest(out_weight_VD)
-    with torch.autocast(hidden_BD.device.type, enabled=False):
+    with without_autocast(hidden_BD):
         if impl == "reference":
             return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
         # by tensor arithmetic: any other way a float enters is a constant to torch.compile, and a schedule would compile every step anew
@@ -100,6 +100,8 @@ def _has_triton() -> bool:
 
 
 def _fastest(weight_VD: Tensor) -> str:
+    if weight_VD.is_meta:  # shapes alone: as on a GPU
+        return "triton"
     if weight_VD.is_cuda and weight_VD.dtype != torch.float64 and _has_triton():
         return "triton"
     return "tile" if tiles_pay(weight_VD) else "reference"

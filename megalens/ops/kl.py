@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalens.ops import kl_tile
-from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap
+from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap, without_autocast
 from megalens.ops.gumbel import head_logits
 from megalens.ops.tile import tiles_pay, wide
 
@@ -81,8 +81,8 @@ def vocab_divergences(
     if p_weight_VD.dtype != q_weight_VD.dtype:
         raise OpError(f"vocab_kl: p_weight is {p_weight_VD.dtype} and q_weight {q_weight_VD.dtype}: give both one dtype")
     if impl == "auto":
-        impl = "tile" if p_weight_VD.is_cuda or tiles_pay(p_weight_VD) else "reference"
-    with torch.autocast(p_hidden_ND.device.type, enabled=False):
+        impl = "tile" if p_weight_VD.device.type != "cpu" or tiles_pay(p_weight_VD) else "reference"
+    with without_autocast(p_hidden_ND):
         function = _reference if impl == "reference" else _operator
         return Divergences(*function(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias, q_bias, softcap)[:4])
 

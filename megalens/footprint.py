@@ -1,0 +1,252 @@
+"""What one training step of a configuration is made of, found without its weights: the lens on PyTorch's meta device, where tensors have
+shapes and nothing else, takes a step while memory, FLOPs and the parameters passed through are counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalens.config import Config
+from megalens.device import resolve_dtype
+from megalens.lens.causal_lm import CausalLM
+from megalens.lens.lens import ConsistencyLens, Step
+from megalens.lens.subject import Subject, check_model
+from megalens.ops.tile import tile_size
+
+# A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.
+_SMALL, _SAMPLES = (2, 2), (2, 4)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of a lens and a step of it.
+
+    Attributes:
+        frozen, trained: numbers (not bytes) of the parameters.
+        sizes: numbers of each parameter.
+        width: bytes of a number.
+        unit: numbers of the largest thing that is gathered at once when parameters are sharded: a block, or the vocabulary.
+        passed, gathers: numbers gathered in a step when every unit is gathered whenever it is used, and how often that is.
+        bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
+        flops_fixed, flops_per_sample: of a step.
+        kv_per_sample: bytes of the decode's keys and values, contained in ``bytes_per_sample``.
+        tiles_per_sample: bytes of the LM term's tiles of the vocabulary, which live inside its operation and are not contained.
+    """
+
+    frozen: int
+    trained: int
+    sizes: tuple[int, ...]
+    width: int
+    unit: int
+    passed: float
+    gathers: float
+    bytes_fixed: float
+    bytes_per_sample: float
+    flops_fixed: float
+    flops_per_sample: float
+    kv_per_sample: float
+    tiles_per_sample: float
+
+
+def footprint(config: Config) -> Footprint:
+    """Measure a configuration's lens and step. The model's ``config.json`` must be there, its weights need not.
+
+    Raises:
+        ConfigError: no such model, or ``layer_l`` is not a block of it.
+    """
+    lens = meta_lens(config)
+    parameters = list(lens.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    peak, flops, passed, gathers = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
+    model = lens.subject.lm.config
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    tokens = lens.verbalizer.length + config.t_text - 1
+    width = lens.subject.lm.dtype.itemsize
+    return Footprint(
+        frozen=sum(p.numel() for p in parameters) - trained,
+        trained=trained,
+        sizes=tuple(p.numel() for p in parameters),
+        width=width,
+        unit=max(_numel(unit) for unit in _units(lens)),
+        passed=passed[0],
+        gathers=gathers[0],
+        bytes_fixed=peak[0],
+        bytes_per_sample=peak[1],
+        flops_fixed=flops[0],
+        flops_per_sample=flops[1],
+        kv_per_sample=2.0 * heads * head * model.num_hidden_layers * tokens * width,
+        tiles_per_sample=3.0 * 4 * tile_size(lens.subject.lm.vocabulary.out_weight) * config.t_text if config.lm_base_weight else 0.0,
+    )
+
+
+def _step(config: Config, lower: int, upper: int) -> list[tuple[float, float]]:
+    """(fixed, per sample) of peak bytes, FLOPs, numbers passed and gathers of a step with so many blocks up to ``layer_l`` and above."""
+    at = {depth: _measure(config, *depth) for depth in [_SMALL, (_SMALL[0] + 1, _SMALL[1]), (_SMALL[0], _SMALL[1] + 1)]}
+    base, *more = at.values()
+    result = []
+    for quantity in range(len(base[0])):
+        few, many = (
+            base[i][quantity] + sum(n * (m[i][quantity] - base[i][quantity]) for n, m in zip(_beyond(lower, upper), more, strict=True))
+            for i in range(2)
+        )
+        each = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
+        result.append((few - _SAMPLES[0] * each, each))
+    return result
+
+
+def _beyond(lower: int, upper: int) -> tuple[int, int]:
+    return lower - _SMALL[0], upper - _SMALL[1]
+
+
+def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
+    """Peak bytes, FLOPs, numbers passed and gathers of a step of a model of this depth, for each of ``_SAMPLES``."""
+    lens, found = meta_lens(config, (lower, upper)), []
+    for samples in _SAMPLES:
+        batch = meta_batch(config, lens, samples)
+        with (
+            _counted_gathers(_units(lens)) as passes,
+            LiveBytes(lens) as live,
+            FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops,
+        ):
+            take_step(lens, batch)
+        found.append((live.peak, flops.get_total_flops(), sum(passes), len(passes)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the lens and its step
+
+
+def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> ConsistencyLens:
+    """The lens of a configuration on the meta device; ``depth`` gives it other numbers of blocks up to ``layer_l`` and above."""
+    settings = check_model(config)
+    if depth is not None:
+        config = dataclasses.replace(config, layer_l=depth[0] - 1)
+        settings.num_hidden_layers = sum(depth)
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = (settings.layer_types * sum(depth))[: sum(depth)]
+    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
+    with torch.device("meta"):
+        dtype = getattr(torch, resolve_dtype(config))
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
+        subject = Subject(CausalLM(model), config.layer_l, "none")
+        return ConsistencyLens(config, subject, _Words(), torch.zeros(subject.d), torch.ones(subject.d))
+
+
+def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> dict[str, torch.Tensor]:
+    """A batch of the longest contexts, without content."""
+    ids = torch.zeros(samples, config.activation_dumper.seq_len, dtype=torch.long, device="meta")
+    row = torch.zeros(samples, dtype=torch.long, device="meta")
+    return {"activation": torch.zeros(samples, lens.subject.d, device="meta"), "input_ids": ids, "position": row, "sample_id": row}
+
+
+def take_step(lens: ConsistencyLens, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward; a gradient is gone as soon as it is there, as the engines hand it on."""
+
+    def hand_on(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in lens.parameters() if p.requires_grad]
+    lens(batch, Step(update=0, tau=1.0, alpha=lens.config.alpha_schedule.value))["loss"].backward()
+    for hook in hooks:
+        hook.remove()
+
+
+class _Words:
+    """In place of a tokenizer: a token per word, which is near enough for the few words of a prompt."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_) -> dict[str, list[int]]:
+        return {"input_ids": [0] * len(re.findall(r"\w+|[^\w\s]", text))}
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered: the bytes of the tensors that operations made and that are still referred to, and their ``peak``.
+
+    Args:
+        module: its parameters and buffers, and views of them, do not count.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name not in self._known and storage.nbytes():
+            self._known.add(name)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._gone, name, storage.nbytes())
+
+    def _gone(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self.live -= size
+
+
+@contextmanager
+def _counted_gathers(units: list[nn.Module]) -> Iterator[list[int]]:
+    """The sizes of units as they are used; one whose result needs a gradient is used again by the backward."""
+    passes: list[int] = []
+
+    def used(unit, _, result) -> None:
+        again = any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves(result))
+        passes.extend([_numel(unit)] * (2 if again else 1))
+
+    hooks = [unit.register_forward_hook(used) for unit in units]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _units(lens: ConsistencyLens) -> list[nn.Module]:
+    """What engines gather as one: blocks (the subject's and the lens' own) and the vocabulary."""
+    return [*lens.subject.lm.blocks, *lens.verbalizer.own.values(), *lens.reconstructor.own.values(), lens.subject.lm.vocabulary]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum({id(p): p.numel() for p in module.parameters()}.values())
+
+
+def _draw_flops(hidden, out_weight, *_, **__) -> int:
+    return 2 * hidden[0] * out_weight[0] * out_weight[1]
+
+
+def _draw_backward_flops(grads, inputs, *_, **__) -> int:
+    return 3 * _draw_flops(inputs[0], inputs[1])  # logits and the embedding's gradient again, and the hidden state's gradient
+
+
+def _kl_flops(p_hidden, q_hidden, p_weight, *_, **__) -> int:
+    return 2 * _draw_flops(p_hidden, p_weight)
+
+
+_FLOPS = {
+    torch.ops.megalens.gumbel_embed: _draw_flops,
+    torch.ops.megalens.gumbel_embed_backward: _draw_backward_flops,
+    torch.ops.megalens.vocab_divergences: _kl_flops,
+}

@@ -1,0 +1,141 @@
+"""Which engine and settings fit a training on a cluster: bytes per GPU by what they are for, bytes on the wire, FLOPs and GPU-hours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalens.config import Config, ConfigError
+from megalens.data.encoding import bytes_per_value
+from megalens.footprint import Footprint
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Memory in bytes, and dense bf16 FLOPs per second as its maker says."""
+
+    memory: float
+    flops: float
+
+
+GPUS = {
+    "a100-40g": GPU(40 * 2**30, 312e12),
+    "a100-80g": GPU(80 * 2**30, 312e12),
+    "h100-80g": GPU(80 * 2**30, 989e12),
+    "h200-141g": GPU(140 * 2**30, 989e12),
+    "b200-180g": GPU(178 * 2**30, 2250e12),
+}
+RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
+UTILISATION = 0.3  # of the maker's FLOPs, assumed; decoding token by token is far from the peak
+ENGINES = ("local", "z1", "z2", "z3", "z3_offload")  # the least traffic first
+FILES = Path(__file__).resolve().parents[1] / "ds_configs"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine with a share of the micro-batch per GPU; ``memory`` is bytes per GPU by component, ``host`` bytes per GPU of CPU memory."""
+
+    engine: str
+    rows: int
+    memory: dict[str, float]
+    host: float
+    wire: float
+
+    @property
+    def total(self) -> float:
+        """Bytes per GPU."""
+        return sum(self.memory.values())
+
+
+def choose(config: Config, step: Footprint, ranks: int, gpu: GPU) -> tuple[Choice | None, list[Choice]]:
+    """The first engine that fits with the configuration's own batch, else with more accumulation; and all that were tried.
+
+    Raises:
+        ConfigError: the batch can not be shared by so many GPUs.
+    """
+    least = 2 if config.kl_base_weight else 1
+    if config.batch_size % ranks or config.batch_size // ranks < least:
+        raise ConfigError(f"batch_size={config.batch_size} can not be shared by {ranks} GPUs; make it a multiple of {least * ranks}")
+    share = config.batch_size // ranks
+    smaller = [rows for rows in range(share, least - 1, -1) if share % rows == 0 and rows % least == 0]
+    tried = [need(config, step, engine, ranks, rows) for rows in smaller for engine in ENGINES]
+    return next((choice for choice in tried if choice.total <= limit(gpu)), None), tried
+
+
+def limit(gpu: GPU) -> float:
+    """Bytes of a GPU that a training can have."""
+    return USABLE * gpu.memory - RESERVED
+
+
+def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int) -> Choice:
+    """What an engine needs with ``rows`` samples per GPU and micro-step."""
+    everything, trained, width = step.frozen + step.trained, step.trained, step.width
+    stage = {"local": 0, "z1": 1, "z2": 2}.get(engine, 3)
+    offload = engine == "z3_offload"
+    zero = _zero_options(engine)
+    spread = ranks if stage else 1
+    kept = sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5)) if stage == 3 else 0
+    weights = width * (everything / ranks if stage == 3 and not offload else 0 if offload else everything)
+    state = {
+        "weights": weights + width * kept,
+        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / spread,
+        "moments": 8 * trained / spread,
+        "gradients": 4 * trained / (ranks if stage >= 2 else 1),
+    }
+    host = 0.0
+    if offload:
+        host = width * everything / ranks + state["masters"] + state["moments"] + state["gradients"]
+        state |= {"masters": 0.0, "moments": 0.0, "gradients": 0.0}
+    bucket = width * zero("reduce_bucket_size", 5e8)
+    buffers = {0: 0.0, 1: 0.0, 2: 2 * min(bucket, width * trained), 3: bucket}[stage]
+    if stage == 3:
+        buffers += width * (step.unit + min(zero("stage3_prefetch_bucket_size", 5e7), everything))
+    memory = state | {
+        "gather and reduce buffers": buffers,
+        "keys and values": rows * step.kv_per_sample,
+        "other activations": step.bytes_fixed + rows * (step.bytes_per_sample - step.kv_per_sample),
+        "vocabulary tiles": rows * step.tiles_per_sample,
+    }
+    return Choice(engine, rows, memory, host, _wire(config, step, stage, ranks, rows))
+
+
+def _wire(config: Config, step: Footprint, stage: int, ranks: int, rows: int) -> float:
+    """Bytes each GPU sends in an optimizer step; at stage 3 when nothing gathered is used twice (the most there can be)."""
+    micro_steps = accumulation(config, ranks, rows)
+    gradients, back = 4 * step.trained, step.width * step.trained
+    sent = {
+        0: 2 * gradients,
+        1: 2 * gradients + back,
+        2: micro_steps * back + back,
+        3: micro_steps * (back + step.width * step.passed),
+    }[stage]
+    return sent * (ranks - 1) / ranks
+
+
+def accumulation(config: Config, ranks: int, rows: int) -> int:
+    """Micro-steps per optimizer step when each GPU takes ``rows`` samples at a time, for the same samples per optimizer step."""
+    return config.gradient_accumulation_steps * config.batch_size // (ranks * rows)
+
+
+def flops(config: Config, step: Footprint, ranks: int, rows: int) -> float:
+    """FLOPs of an optimizer step on all GPUs."""
+    return ranks * accumulation(config, ranks, rows) * (step.flops_fixed + rows * step.flops_per_sample)
+
+
+def samples_of(config: Config, tokens: float) -> float:
+    """Activations that so many tokens of text give: ``vectors_per_sequence`` of each ``seq_len`` tokens."""
+    dump = config.activation_dumper
+    return tokens / dump.seq_len * dump.vectors_per_sequence
+
+
+def dump_bytes(config: Config, samples: float, d: int, vocabulary: int) -> float:
+    """Bytes of so many rows on the disk, about."""
+    dump = config.activation_dumper
+    return samples * (d * bytes_per_value(dump.encoding) + dump.seq_len * (2 if vocabulary <= 2**16 else 4))
+
+
+def _zero_options(engine: str):
+    """Looks up a number in the engine's DeepSpeed file; its default where the file leaves it open."""
+    found = {} if engine == "local" else json.loads((FILES / f"{engine}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    return lambda key, default: found.get(key, default)

@@ -1,0 +1,123 @@
+"""The planner: its count of a step beside what a real step allocates, its parameters beside a real lens, and what it says fits."""
+
+import dataclasses
+
+import plan as command
+import pytest
+import torch
+from conftest import ROOT
+from torch.profiler import ProfilerActivity, profile
+
+from megalens.config import ConfigError, load_config
+from megalens.engine.local import LocalEngine
+from megalens.footprint import footprint, take_step
+from megalens.lens.lens import build_lens
+from megalens.plan import GPU, choose, need
+from megalens.tiny import make_model
+
+OBJECTIVE = ["config=conf/tiny.yaml", "kl_base_weight=0.1", "lm_base_weight=0.1", "tail_say_weight=0.2", "device=cpu"]
+VOCABULARY = 4096  # from here on the vocabulary ops work in tiles on a CPU too
+
+
+@pytest.fixture
+def objective(checkout):
+    """Arguments of a training on every term."""
+    model = make_model(checkout / "data" / "wide" / "tiny-llama", vocab_size=VOCABULARY)
+    return [*OBJECTIVE, f"model_name={model}"]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A configuration that trains everything, and its footprint."""
+    model = make_model(tmp_path_factory.mktemp("model") / "tiny-llama", vocab_size=VOCABULARY)
+    config = load_config([f"config={ROOT}/conf/tiny.yaml", *OBJECTIVE[1:], f"model_name={model}", "train_mode=full", "batch_size=64"])
+    return config, footprint(config)
+
+
+def real_lens(config):
+    return build_lens(config, torch.zeros(64), torch.ones(64))
+
+
+def allocated_by(action):
+    """The most bytes that PyTorch's CPU allocator had given out at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        action()
+    events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for _, change in events:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_parameters_and_memory_of_a_step_are_those_of_a_real_one(objective, mode):
+    config = load_config([*objective, f"train_mode={mode}"])
+    step, lens = footprint(config), real_lens(config)
+    prompts = sum(p.numel() for name, p in lens.named_parameters() if ".prompt." in name)
+    trained = sum(p.numel() for p in lens.parameters() if p.requires_grad)
+    assert abs(step.trained - trained) <= prompts  # its tokenizer counts words
+    assert step.frozen == sum(p.numel() for p in lens.parameters()) - trained
+    rows, context = 16, config.activation_dumper.seq_len
+    draw = torch.Generator().manual_seed(0)
+    batch = {
+        "activation": torch.randn(rows, 64, generator=draw),
+        "input_ids": torch.randint(3, 400, (rows, context), generator=draw),
+        "position": torch.randint(8, context, (rows,), generator=draw),
+        "sample_id": torch.arange(rows),
+    }
+    take_step(lens, batch)  # what is made once
+    measured = allocated_by(lambda: take_step(lens, batch))
+    planned = need(config, step, "local", 1, rows).memory
+    assert sum(planned[name] for name in ("keys and values", "other activations", "vocabulary tiles")) == pytest.approx(measured, rel=0.1)
+
+
+def test_what_the_local_engine_keeps_is_what_is_planned(full):
+    config = dataclasses.replace(full[0], dtype="bf16")
+    lens = real_lens(config)
+    engine = LocalEngine(config, lens, lens.parameter_groups())
+    for master in engine.masters.values():
+        master.grad = torch.zeros_like(master)
+    engine.optimizer.step()
+    planned = need(config, dataclasses.replace(full[1], width=2), "local", 1, 8).memory
+    moments = [v for state in engine.optimizer.state.values() for v in state.values() if v.dim()]
+    kept = {"weights": lens.parameters(), "masters": engine.masters.values(), "moments": moments, "gradients": [engine.gradient]}
+    for name, tensors in kept.items():
+        assert sum(t.nbytes for t in tensors) == pytest.approx(planned[name], rel=0.02), name
+
+
+def test_the_least_traffic_that_fits_is_chosen_and_more_accumulation_before_nothing(full):
+    config, step = full
+
+    def with_memory(size):
+        return GPU((size + 2 * 2**30) / 0.92, 1e12)
+
+    local = need(config, step, "local", 4, 16)
+    assert choose(config, step, 4, with_memory(local.total))[0] == local
+    less, _ = choose(config, step, 4, with_memory(local.total - 1))
+    assert less.rows < 16
+    assert choose(config, step, 4, with_memory(1000))[0] is None
+    with pytest.raises(ConfigError, match="batch_size=64 can not be shared by 3 GPUs"):
+        choose(config, step, 3, with_memory(1e9))
+
+
+def test_sharding_divides_what_it_shards(full):
+    config, step = full
+    one, two = (need(config, step, "z2", ranks, 4).memory for ranks in (1, 2))
+    for name in ("masters", "moments", "gradients"):
+        assert two[name] == one[name] / 2
+    assert two["weights"] == one["weights"]
+    offloaded = need(config, step, "z3_offload", 2, 4)
+    assert offloaded.memory["moments"] == 0
+    assert offloaded.host > 0
+
+
+def test_the_command_prints_a_plan_or_what_does_not_fit(checkout, capsys):
+    assert command.main([*OBJECTIVE, "nodes=1", "gpus_per_node=2", "gpu=a100-40g", "tokens=1e6"]) == 0
+    said = capsys.readouterr().out
+    assert "engine: local (torchrun)" in said
+    assert "62,500 activations" in said  # two of each 32 tokens
+    with pytest.raises(ConfigError, match="gpu=h800 must be one of"):
+        command.main([*OBJECTIVE, "gpu=h800"])
+    with pytest.raises(ConfigError, match="nodes=none must be a number"):
+        command.main([*OBJECTIVE, "nodes=none"])

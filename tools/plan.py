@@ -1,0 +1,138 @@
+"""What a training needs, before anything is bought or queued: memory, traffic, time and disk, and an engine that fits.
+
+    python tools/plan.py config=conf/demo.yaml nodes=8 gpus_per_node=8 gpu=h100-80g [tokens=1e9] [key=value ...]
+    python tools/plan.py table      the tables of docs/scale.md, for the subjects of conf/subjects/
+
+Only the model's config.json is read. gpu is one of a100-40g, a100-80g, h100-80g, h200-141g, b200-180g; tokens is the text read for the dump
+(each seq_len of them give vectors_per_sequence activations), trained on for num_train_epochs. Hours are of arithmetic at 30 % of the
+maker's FLOPs; waiting for the network comes on top. Exit code 1 when nothing fits.
+"""
+
+from __future__ import annotations
+
+from megalens import cli
+from megalens.config import Config, ConfigError, load_config
+from megalens.footprint import Footprint, footprint
+from megalens.lens.subject import check_model
+from megalens.plan import GPUS, UTILISATION, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of
+
+GB = 1e9
+DEFAULTS = {"nodes": "1", "gpus_per_node": "8", "gpu": "h100-80g", "tokens": "1e9"}
+OBJECTIVE = ["kl_base_weight=0.1", "lm_base_weight=0.1", "t_text=8", "dtype=bf16", "batch_size=1024", "activation_dumper.seq_len=256"]
+TABLE = [("llama-7b", 21, 1), ("llama-70b", 53, 4), ("llama-405b", 84, 16)]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["table"]:
+        return table()
+    cluster, settings = dict(DEFAULTS), []
+    for argument in arguments:
+        key, _, value = argument.removeprefix("--").partition("=")
+        if key in cluster:
+            cluster[key] = value
+        else:
+            settings.append(argument)
+    nodes, per_node, tokens = (_number(cluster, key) for key in ("nodes", "gpus_per_node", "tokens"))
+    if cluster["gpu"] not in GPUS:
+        raise ConfigError(f"gpu={cluster['gpu']} must be one of: {', '.join(GPUS)}")
+    config = load_config(settings)
+    gpu, step, ranks = GPUS[cluster["gpu"]], footprint(config), int(nodes * per_node)
+    choice, tried = choose(config, step, ranks, gpu)
+    print(
+        f"{config.model_name}, layer {config.layer_l}, {config.train_mode}: {step.frozen:,} frozen and {step.trained:,} trained parameters"
+    )
+    if choice is None:
+        print(why_not(tried, gpu, cluster["gpu"], ranks))
+        return 1
+    for line in report(config, step, choice, ranks, gpu, tokens):
+        print(line)
+    return 0
+
+
+def report(config: Config, step: Footprint, choice: Choice, ranks: int, gpu, tokens: float) -> list[str]:
+    """The plan, line by line."""
+    micro, seconds = accumulation(config, ranks, choice.rows), seconds_per_step(config, step, choice, ranks, gpu)
+    samples = samples_of(config, tokens)
+    steps = samples * config.num_train_epochs / (config.batch_size * config.gradient_accumulation_steps)
+    model = check_model(config)
+    disk = dump_bytes(config, samples, model.hidden_size, model.vocab_size)
+    lines = [
+        f"engine: {engine_setting(choice.engine)}",
+        f"settings: batch_size={choice.rows * ranks} gradient_accumulation_steps={micro} ({choice.rows} samples per GPU and micro-step)",
+        f"memory per GPU: {choice.total / GB:.1f} of {limit(gpu) / GB:.1f} GB that a training can have",
+        *(f"  {name:<26}{size / GB:>10.2f} GB" for name, size in choice.memory.items()),
+        *([f"  host memory per GPU       {choice.host / GB:>10.2f} GB"] if choice.host else []),
+        f"sent per GPU and optimizer step: at most {choice.wire / GB:.2f} GB",
+    ]
+    if choice.engine.startswith("z3"):
+        lines.append(f"gathers per micro-step: {step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
+    return [
+        *lines,
+        f"FLOPs per optimizer step: {flops(config, step, ranks, choice.rows):.3g}, {seconds:.2f} s at {UTILISATION:.0%} of the GPUs' peak",
+        f"{tokens:.3g} tokens: {samples:,.0f} activations, {disk / GB:,.0f} GB on disk",
+        f"training: {steps:,.0f} optimizer steps, {steps * seconds * ranks / 3600:,.0f} GPU-hours of arithmetic",
+    ]
+
+
+def seconds_per_step(config: Config, step: Footprint, choice: Choice, ranks: int, gpu) -> float:
+    return flops(config, step, ranks, choice.rows) / (ranks * gpu.flops * UTILISATION)
+
+
+def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
+    """The nearest miss, and what would mend it."""
+    nearest = min(tried, key=lambda choice: choice.total)
+    part, size = max(nearest.memory.items(), key=lambda item: item[1])
+    return (
+        f"nothing fits {ranks} x {name}: {nearest.engine} with {nearest.rows} samples per GPU needs {nearest.total / GB:.1f} GB of "
+        f"{limit(gpu) / GB:.1f} GB, {size / GB:.1f} GB of it {part}; take more GPUs (nodes=), larger ones (gpu=), or train less "
+        "(train_mode=lora, a smaller lora.r)"
+    )
+
+
+def engine_setting(engine: str) -> str:
+    return "local (torchrun)" if engine == "local" else f"deepspeed=ds_configs/{engine}.json"
+
+
+def table() -> int:
+    """The tables of docs/scale.md."""
+    gpu = GPUS["h100-80g"]
+    print("| subject | trained | GPUs | engine | samples | weights | optimizer | buffers | activations | sent per step | arithmetic |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, layer, nodes in TABLE:
+        for mode in ("lora", "full"):
+            config = load_config([f"model_name=conf/subjects/{name}", f"layer_l={layer}", f"train_mode={mode}", *OBJECTIVE])
+            step, ranks = footprint(config), 8 * nodes
+            choice, tried = choose(config, step, ranks, gpu)
+            head = f"| {name} | {mode}: {step.trained / 1e9:.2f} B | {ranks} |"
+            if choice is None:
+                nearest = min(tried, key=lambda one: one.total)
+                print(
+                    f"{head} none fits: {nearest.engine} needs {nearest.total / GB:.0f} GB of {limit(gpu) / GB:.0f} | | | | | | | |",
+                    flush=True,
+                )
+                continue
+            memory = choice.memory
+            cells = [
+                f"{memory['weights'] / GB:.1f}",
+                f"{(memory['masters'] + memory['moments'] + memory['gradients']) / GB:.1f}",
+                f"{memory['gather and reduce buffers'] / GB:.1f}",
+                f"{(memory['keys and values'] + memory['other activations'] + memory['vocabulary tiles']) / GB:.1f}",
+                f"{choice.wire / GB:.1f} GB",
+                f"{seconds_per_step(config, step, choice, ranks, gpu):.1f} s",
+            ]
+            print(f"{head} {choice.engine} | {choice.rows} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+def _number(cluster: dict[str, str], key: str) -> float:
+    try:
+        value = float(cluster[key])
+    except ValueError:
+        value = 0.0
+    if value <= 0 or (key != "tokens" and value != int(value)):
+        raise ConfigError(f"{key}={cluster[key]} must be a number of 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
