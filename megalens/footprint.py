@@ -148,7 +148,13 @@ def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> dict[str,
     """A batch of the longest contexts, without content."""
     ids = torch.zeros(samples, config.activation_dumper.seq_len, dtype=torch.long, device="meta")
     row = torch.zeros(samples, dtype=torch.long, device="meta")
-    return {"activation": torch.zeros(samples, lens.subject.d, device="meta"), "input_ids": ids, "position": row, "sample_id": row}
+    return {
+        "activation": torch.zeros(samples, lens.subject.d, device="meta"),
+        "input_ids": ids,
+        "position": row,
+        "sample_id": row,
+        "doc_id": row,
+    }
 
 
 def take_step(lens: ConsistencyLens, batch: dict[str, torch.Tensor]) -> None:

@@ -65,6 +65,7 @@ def test_parameters_and_memory_of_a_step_are_those_of_a_real_one(objective, mode
         "input_ids": torch.randint(3, 400, (rows, context), generator=draw),
         "position": torch.randint(8, context, (rows,), generator=draw),
         "sample_id": torch.arange(rows),
+        "doc_id": torch.arange(rows),
     }
     take_step(lens, batch)  # what is made once
     measured = allocated_by(lambda: take_step(lens, batch))

@@ -41,6 +41,8 @@ def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     ids_BC, position_B = batch["input_ids"], batch["position"]
     each = torch.arange(len(position_B), device=position_B.device)
+    if ids_BC.is_meta:  # shapes alone can not tell
+        return each, each
     doc_S, sequence_B = batch["doc_id"].unique(return_inverse=True)
     if len(doc_S) == len(each):
         return each, each
