@@ -12,7 +12,7 @@ from megalens.config import ConfigError, load_config
 from megalens.engine.local import LocalEngine
 from megalens.footprint import footprint, take_step
 from megalens.lens.lens import build_lens
-from megalens.plan import GPU, choose, need
+from megalens.plan import ENGINES, GPU, choose, need
 from megalens.tiny import make_model
 
 OBJECTIVE = ["config=conf/tiny.yaml", "kl_base_weight=0.1", "lm_base_weight=0.1", "tail_say_weight=0.2", "device=cpu"]
@@ -94,9 +94,10 @@ def test_the_least_traffic_that_fits_is_chosen_and_more_accumulation_before_noth
         return GPU((size + 2 * 2**30) / 0.92, 1e12)
 
     local = need(config, step, "local", 4, 16)
-    assert choose(config, step, 4, with_memory(local.total))[0] == local
-    less, _ = choose(config, step, 4, with_memory(local.total - 1))
-    assert less.rows < 16
+    assert choose(config, step, 4, with_memory(local.total + 1))[0] == local
+    assert choose(config, step, 4, with_memory(local.total - 1))[0].engine == "z1"
+    least = min(need(config, step, engine, 4, 16).total for engine in ENGINES)
+    assert choose(config, step, 4, with_memory(least - 1))[0].rows < 16
     assert choose(config, step, 4, with_memory(1000))[0] is None
     with pytest.raises(ConfigError, match="batch_size=64 can not be shared by 3 GPUs"):
         choose(config, step, 3, with_memory(1e9))
