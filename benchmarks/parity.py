@@ -160,6 +160,7 @@ def make_batch(draw) -> dict:
         "input_ids": torch.randint(3, VOCABULARY, (BATCH, CONTEXT), generator=draw),
         "position": torch.randint(6, CONTEXT, (BATCH,), generator=draw),
         "sample_id": torch.randint(0, 10**6, (BATCH,), generator=draw),
+        "doc_id": torch.arange(BATCH),
     }
 
 
