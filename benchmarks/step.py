@@ -25,6 +25,7 @@ from pathlib import Path
 
 SIZES = {
     "tiny": {"model_name": None, "layer_l": 2, "t_text": 4, "batch": 8, "context": 32},
+    "wide": {"model_name": None, "layer_l": 0, "t_text": 8, "batch": 32, "context": 64, "hidden_size": 576, "vocab_size": 131072},
     "smol": {"model_name": "data/models/SmolLM2-135M-Instruct", "layer_l": 19, "t_text": 8, "batch": 32, "context": 64},
 }
 SIDES = ("ours", "plain")
@@ -35,7 +36,7 @@ def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         if options.side:
-            print(json.dumps({"peak_mb": peak_megabytes(options, folder)}))
+            print(json.dumps(peak_megabytes(options, folder)))
             return
         for dtype in [options.dtype] if options.dtype else ["fp32", "bf16"]:
             options.dtype = dtype
@@ -58,7 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--t-text", type=int, help="tokens of an explanation; default: the size's")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=SIDES, help="leave the other side out")
-    parser.add_argument("--side", choices=SIDES, help="only the peak memory of one side (used for the fresh processes)")
+    parser.add_argument(
+        "--side",
+        choices=[*SIDES, "naive"],
+        help="only the peak memory of one side; naive: ours with plain vocabulary ops (benchmarks/memory.py)",
+    )
     options = parser.parse_args()
     options.batch = options.batch or SIZES[options.size]["batch"]
     options.t_text = options.t_text or SIZES[options.size]["t_text"]
@@ -72,12 +77,17 @@ def make(options: argparse.Namespace, folder: str):
 
     from megalens.config import Config, ConfigError
     from megalens.engine.local import LocalEngine
+    from megalens.lens import lens as lens_module
+    from megalens.lens import verbalizer
     from megalens.lens.lens import Step, build_lens
     from megalens.lens.reference import ReferenceStep
+    from megalens.ops import gumbel_embed, vocab_kl
     from megalens.tiny import make_model
 
     size = SIZES[options.size]
-    name = size["model_name"] or str(make_model(folder))
+    wide = {"num_hidden_layers": 2, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    overrides = wide | {key: size[key] for key in ("hidden_size", "vocab_size")} if "vocab_size" in size else {}
+    name = size["model_name"] or str(make_model(folder, **overrides))
     weights = {"kl_base_weight": 1.0, "lm_base_weight": 1.0} if options.terms == "full" else {}
     config = Config(model_name=name, layer_l=size["layer_l"], t_text=options.t_text, dtype=options.dtype, train_mode="frozen", **weights)
     config.verbalizer.mode = config.reconstructor.mode = "frozen"
@@ -98,7 +108,9 @@ def make(options: argparse.Namespace, folder: str):
     }
     batch["activation"] = lens.subject.read(batch["input_ids"], batch["position"]).activation_BD.float()
     engine = LocalEngine(config, lens, lens.parameter_groups())
-    modules = {"ours": lens, "plain": ReferenceStep(lens)}
+    modules = {"ours": lens, "naive": lens, "plain": ReferenceStep(lens)}
+    if options.side == "naive":
+        verbalizer.gumbel_embed, lens_module.vocab_kl = partial(gumbel_embed, impl="reference"), partial(vocab_kl, impl="reference")
 
     def step(side: str) -> None:
         engine.module = modules[side]
@@ -176,16 +188,17 @@ def fresh_process(options: argparse.Namespace, side: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
 
-def peak_megabytes(options: argparse.Namespace, folder: str) -> float:
-    """Peak resident set of two steps minus the resident set after loading, in MB (Linux)."""
-    step = make(options, folder)[2]
+def peak_megabytes(options: argparse.Namespace, folder: str) -> dict:
+    """Peak resident set of two steps minus the resident set after loading, in MB (Linux), and the vocabulary's size."""
+    lens, _, step = make(options, folder)
     status = Path("/proc/self/status").read_text().split()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = int(status[status.index("VmRSS:") + 1])
     for _ in range(2):
         step(options.side)
     status = Path("/proc/self/status").read_text().split()
-    return round((int(status[status.index("VmHWM:") + 1]) - before) / 1024, 1)
+    peak = round((int(status[status.index("VmHWM:") + 1]) - before) / 1024, 1)
+    return {"peak_mb": peak, "vocabulary": len(lens.subject.lm.vocabulary.out_weight)}
 
 
 def describe(options: argparse.Namespace) -> dict:
