@@ -20,11 +20,11 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(
             "device=cuda, but PyTorch sees no GPU here (nvidia-smi shows what the driver sees); use device=auto or device=cpu"
         )
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if device == "auto" and not available and given not in ("", "-1"):
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # a PyTorch for CPUs takes no notice: DeepSpeed's launcher sets it there too
+    if device == "auto" and torch.version.cuda and not available and given not in ("", "-1"):
         raise ConfigError(
-            f"CUDA_VISIBLE_DEVICES={given} gives this process a GPU, but PyTorch sees none: a dead GPU or driver (try nvidia-smi), or a "
-            "PyTorch without CUDA; device=cpu runs without"
+            f"CUDA_VISIBLE_DEVICES={given} gives this process a GPU, but PyTorch sees none: a dead GPU or driver (try nvidia-smi); "
+            "device=cpu runs without"
         )
     if device == "cpu" or not available:
         return torch.device("cpu")

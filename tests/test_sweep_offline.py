@@ -190,6 +190,7 @@ def test_what_can_not_run_is_refused_before_a_trial(sweep_file, dumped_checkout,
     assert "python tools/dump_acts.py" in refused(layer)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     assert "a dead GPU or driver (try nvidia-smi)" in refused(sweep_file("t_text: {values: [3]}"))
     assert not (dumped_checkout / "outputs").exists()
 

@@ -62,7 +62,7 @@ def test_offline_tracker_writes_under_the_runs_folder_and_a_resume_keeps_its_id(
     assert again.run_id == tracker.run_id
     runs = list((config.run_dir / "wandb").glob("offline-run-*"))
     assert runs
-    assert all(path.name.endswith(tracker.run_id) for path in runs)
+    assert all(tracker.run_id in path.name for path in runs)
 
 
 @pytest.mark.parametrize("kind", ["UsageError", "CommError", "AuthenticationError"])
