@@ -4,6 +4,10 @@
     torchrun --nproc_per_node 2 megalens/train.py config=conf/demo.yaml ...
     deepspeed --num_gpus 2 megalens/train.py --deepspeed ds_configs/z3.json config=conf/demo.yaml ...
 
+With no config= and no setting but the engine's (`deepspeed megalens/train.py --deepspeed ds_configs/z3.json`), the small default experiment
+is trained in outputs/default: the demo's warm start once `make demo` has dumped its activations, before that conf/tiny.yaml, a tiny random
+model that needs no download and seconds.
+
 Every key is described in conf/config.yaml. The activations must have been dumped (tools/dump_acts.py; tools/run_pipeline.py does both).
 The run lies in outputs/<run_name>/: checkpoints, the links last and best, metrics.jsonl, wandb/. The same command again goes on from the
 last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints. Under `wandb agent` the run is called
@@ -30,11 +34,12 @@ from megalens import cli  # noqa: E402
 def main(arguments: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from megalens.config import load_config
+    from megalens.default_experiment import with_experiment
     from megalens.engine import join_ranks, leave_ranks
     from megalens.preflight import check_ready
     from megalens.sweep.trial import as_trial
 
-    config = as_trial(load_config(arguments))
+    config = as_trial(load_config(with_experiment(arguments)))
     device = check_ready(config)
     join_ranks(device)
     try:
