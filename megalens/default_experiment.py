@@ -17,8 +17,8 @@ def with_experiment(arguments: list[str]) -> list[str]:
     """The arguments, completed where they name no configuration and no setting but the engine's.
 
     The experiment is then the demo's warm start where its activations have been dumped (``make demo`` does), and else conf/tiny.yaml,
-    whose model, text and activations are made here in seconds; to be called by every rank. The run is ``outputs/default``. A batch that
-    the ranks can not share evenly is made as much larger as it takes.
+    whose model, text and activations are made here in seconds; to be called by every rank. The run is ``outputs/default_<its name>``. A
+    batch that the ranks can not share evenly is made as much larger as it takes.
     """
     if not _names_engine_only(arguments):
         return arguments
@@ -28,13 +28,14 @@ def with_experiment(arguments: list[str]) -> list[str]:
     dumped = (Path(demo.model_name) / "config.json").is_file() and not any(dump.check(demo, split) for split in dump.SPLITS)
     chosen = DEMO if dumped else TINY
     config = load_config([*arguments, chosen])
+    run_name = f"default_{config.run_name}"
     if int(os.environ.get("RANK", 0)) == 0:
         why = "" if dumped else " (the demo's activations are not there; make demo makes them)"
         print(f"no config= and no settings: training {chosen.removeprefix('config=')}{why}", file=sys.stderr, flush=True)
     if not dumped:
         _make_tiny(config)
     pairs = 2 * int(os.environ.get("WORLD_SIZE", 1))
-    return [*arguments, chosen, "run_name=default", f"batch_size={-(-config.batch_size // pairs) * pairs}"]
+    return [*arguments, chosen, f"run_name={run_name}", f"batch_size={-(-config.batch_size // pairs) * pairs}"]
 
 
 def _names_engine_only(arguments: list[str]) -> bool:

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 megalens/train.py config=conf/demo.yaml ...
     deepspeed --num_gpus 2 megalens/train.py --deepspeed ds_configs/z3.json config=conf/demo.yaml ...
 
-With no config= and no setting but the engine's (`deepspeed megalens/train.py --deepspeed ds_configs/z3.json`), the small default experiment
-is trained in outputs/default: the demo's warm start once `make demo` has dumped its activations, before that conf/tiny.yaml, a tiny random
-model that needs no download and seconds.
+With no config= and no setting but the engine's (`deepspeed megalens/train.py --deepspeed ds_configs/z3.json`), a small default
+experiment is trained in outputs/default_<name>: the demo's warm start once `make demo` has dumped its activations, before that
+conf/tiny.yaml, a tiny random model that needs no download and seconds.
 
 Every key is described in conf/config.yaml. The activations must have been dumped (tools/dump_acts.py; tools/run_pipeline.py does both).
 The run lies in outputs/<run_name>/: checkpoints, the links last and best, metrics.jsonl, wandb/. The same command again goes on from the

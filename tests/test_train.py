@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalens import cli
+from megalens.default_experiment import with_experiment
 from megalens.track import read_curve
 from megalens.train import main
 
@@ -123,6 +124,22 @@ def test_by_path_without_an_installation_no_package_is_shadowed(place):
     assert "finished: outputs/by-path/last at micro-step 2" in done.stderr
     assert "training outputs/by-path from fresh on 1 x cpu" in done.stderr
     assert re.search(r"fve +-?\d+\.\d\d +\.\.\..* -> ", done.stderr), "sample explanations are shown at the end"
+
+
+def test_bare_deepspeed_command_trains_the_small_default_experiment_on_a_fresh_clone(tmp_path):
+    for name in ("megalens", "conf", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    typed = ["deepspeed", "megalens/train.py", "--deepspeed", "ds_configs/z3.json"]
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "installed": False}
+    done = run(tmp_path, [*typed[:1], "--master_port", str(free_port()), *typed[1:]], **path)
+    assert "training conf/tiny.yaml (the demo's activations are not there; make demo makes them)" in done.stderr
+    assert "finished: outputs/default_tiny/last at micro-step 20" in done.stderr
+    assert [line["step"] for line in curve(tmp_path, "default_tiny") if "train/loss" in line] == list(range(1, 21))
+
+
+def test_arguments_that_name_an_experiment_stay_as_they_are():
+    for named in (["config=conf/demo.yaml"], ["learning_rate=1e-3"], ["--deepspeed", "ds_configs/z3.json", "--run_name=x"]):
+        assert with_experiment(named) == named
 
 
 def test_help_needs_neither_torch_nor_a_configuration():
