@@ -39,10 +39,11 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(dump, world, window)
     assert sample_ids(dump[0], 25, window=window, world=world) == sample_ids(dump[0], 25, window=window)
 
 
-@pytest.mark.parametrize("start", [1, 7, 9, 10, 11, 23])
-@pytest.mark.parametrize("world", [1, 3])
-def test_resuming_neither_drops_nor_repeats(dump, start, world):
-    assert sample_ids(dump[0], 5, start, world=world) == sample_ids(dump[0], start + 5)[start:]
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_resuming_anywhere_neither_drops_nor_repeats(dump, world):
+    undisturbed = sample_ids(dump[0], 30)
+    for start in range(1, 25):
+        assert sample_ids(dump[0], 5, start, world=world) == undisturbed[start : start + 5]
 
 
 @pytest.mark.parametrize("window", [1, SMALL_WINDOW, 1 << 28])
@@ -113,7 +114,7 @@ def test_damage_found_while_reading_ahead_reaches_the_caller(tmp_path, workers):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize(("world", "start"), [(1, 0), (1, 9), (2, 7), (3, 23), (4, 10), (8, 1)])
+@pytest.mark.parametrize(("world", "start"), [(1, 9), (2, 0), (3, 23), (4, 10), (8, 1)])
 def test_global_batches_are_the_same_with_any_number_of_workers(dump, world, workers, start):
     expected = list(islice(ActivationLoader(dump[0], B, 0, window_bytes=SMALL_WINDOW).batches(start), 12))
     shares = []

@@ -253,5 +253,9 @@ def test_the_tool_prints_what_is_wrong_and_exits_with_1(tmp_path, capsys):
     assert "250 rows in 3 shards" in lines[0]
     assert "shard-00001.arrow is missing" in lines[1]
     assert verify_shards([str(tmp_path / "good")]) == 0
+    assert verify_shards(["--all", str(tmp_path)]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "WRONG", "ok"]
     with pytest.raises(ConfigError, match="name the folders"):
         verify_shards([])
+    with pytest.raises(ConfigError, match="no dump below"):
+        verify_shards(["--all", str(tmp_path / "none")])
