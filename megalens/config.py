@@ -169,6 +169,7 @@ class Checkpoint:
 
     save_interval: str = setting("1e", "how often the last checkpoint is written")
     track_best_n: int = setting(1, "how many of the best checkpoints are kept")
+    keep_every: str | None = setting(None, "a checkpoint is saved, and kept for good, at each such interval; null: none")
     best_metric: str = setting("val/fve_nrm", "what best means; a metric of the validation")
     best_mode: str = setting("max", "max | min", ("max", "min"))
     resume: bool = setting(True, "go on from the run's last checkpoint when there is one")
@@ -256,8 +257,9 @@ class Config:
         None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh"
     )
 
-    learning_rate: float = setting(3e-4, "AdamW's learning rate")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    optimizer: str = setting("adamw", "adamw | sgd (without momentum)", ("adamw", "sgd"))
+    learning_rate: float = setting(3e-4, "the optimizer's learning rate")
+    weight_decay: float = setting(0.0, "its weight decay")
     betas: list[float] = setting([0.9, 0.95], "AdamW's betas")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     lr_scheduler: LrScheduler = setting(LrScheduler(), "learning rate over the training")
@@ -562,6 +564,7 @@ def validate(config: Config) -> None:
         "lr_scheduler.warmup_steps",
         "validation.interval",
         "checkpoint.save_interval",
+        "checkpoint.keep_every",
         "log_interval",
         "max_train_steps",
         "early_termination.steps",

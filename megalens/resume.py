@@ -12,10 +12,12 @@ from torch import Tensor
 
 from megalens.config import Config, load_config
 from megalens.device import resolve_dtype
+from megalens.engine import rank_and_size
 from megalens.engine.checkpoint import (
     CheckpointError,
     RunFolder,
     Statistics,
+    check_checkpoint,
     check_subject,
     read_about,
     read_json,
@@ -84,6 +86,7 @@ def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
 
 
 def _resumed(run: RunFolder, same: dict) -> Start:
+    _check_together(run.last)
     saved = read_json(run.last / "trainer.json")
     if saved.get("format_version") != TRAINER_VERSION:
         raise CheckpointError(f"{run.last} is of another version of megalens; start anew with checkpoint.resume=false")
@@ -94,6 +97,25 @@ def _resumed(run: RunFolder, same: dict) -> Start:
         raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
     where = f"{run.last.name} of {run.folder}"
     return Start(Progress(**saved["progress"]), read_statistics(run.last), read_weights(run.last), run.last / "engine", where)
+
+
+def _check_together(folder: Path) -> None:
+    """Hold a checkpoint against its checksums, each rank a share of its files.
+
+    Raises:
+        CheckpointError: a file is damaged; on all ranks.
+    """
+    rank, size = rank_and_size()
+    try:
+        check_checkpoint(folder, slice(rank, None, size))
+        problems = [None]
+    except CheckpointError as error:
+        problems = [str(error)]
+    if size > 1:
+        mine, problems = problems[0], [None] * size
+        dist.all_gather_object(problems, mine)
+    for problem in filter(None, problems):
+        raise CheckpointError(problem)
 
 
 def _initialised(config: Config, fingerprint: str, width: int) -> Start:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from megalens.config import Config
+from megalens.engine.background import Background
 from megalens.engine.base import Engine
 from megalens.engine.checkpoint import RunFolder, Statistics, first_not_finite, save_lens
 from megalens.engine.files import save_json
+from megalens.engine.state import Part
 from megalens.engine.watchdog import Watchdog
 from megalens.lens.lens import Step
 from megalens.schedule import Clock, duration_steps, lr_factor, schedule_value
@@ -27,7 +30,8 @@ from megalens.track import Console, Curve, Tracker
 from megalens.validation import Validator, examples_table
 
 SKIPS_IN_A_ROW = 50
-TRAINER_VERSION = 1
+GRACE_SECONDS = 30.0  # for a save that is being written when the training fails
+TRAINER_VERSION = 2
 
 
 class TrainingError(ValueError):
@@ -39,7 +43,8 @@ class Progress:
     """Where a training stands; kept in a checkpoint's ``trainer.json``.
 
     ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` the optimizer steps that were not finite. ``best`` holds
-    ``[metric, checkpoint name]``, the best first. ``window`` sums the training figures since they were last logged.
+    ``[metric, checkpoint name]``, the best first, ``kept`` the ``[step, checkpoint name]`` of those that stay for good. ``window`` sums
+    the training figures since they were last logged.
     """
 
     step: int = 0
@@ -48,6 +53,7 @@ class Progress:
     validated: int = -1
     saved: int = -1
     best: list[list] = field(default_factory=list)
+    kept: list[list] = field(default_factory=list)
     window: dict[str, float] = field(default_factory=dict)
     window_size: int = 0
     curve_lines: int = 0
@@ -152,6 +158,9 @@ class Trainer:
             "validate": duration_steps(config.validation.interval, self.clock),
             "save": duration_steps(config.checkpoint.save_interval, self.clock),
         }
+        keep_every = config.checkpoint.keep_every
+        self.intervals["keep"] = duration_steps(keep_every, self.clock) if keep_every else sys.maxsize
+        self._saving = Background()
         self._logged, self._since, self._examples = progress.step, time.monotonic(), []
         self._saved_validation = progress.validated if progress.saved >= 0 else None
 
@@ -161,6 +170,12 @@ class Trainer:
         Returns:
             None at the end; the signal's number when one stopped it (the training can go on from its last checkpoint).
         """
+        try:
+            return self._fit()
+        finally:
+            self._saving.settle(GRACE_SECONDS)  # of an error: what is being written may still become whole
+
+    def _fit(self) -> int | None:
         batches = self.loader.batches(start_step=self.progress.step)
         with StopSignals() as signals, Watchdog(self.config.stall_seconds) as watchdog:
             while True:
@@ -171,7 +186,9 @@ class Trainer:
                 watchdog.at(f"micro-step {self.progress.step}, validated")
                 self._save_if_due(stop or at_end or improved)
                 if stop or at_end:
+                    self._saving.wait()
                     break
+                self._saving.check()
                 self._step(list(islice(batches, self.clock.steps_per_update)))
         batches.close()
         if not stop:
@@ -272,38 +289,54 @@ class Trainer:
         return improved
 
     def _save_if_due(self, now: bool) -> None:
-        """Save after each interval, and when ``now``; never the same state twice."""
+        """Save after each interval, and when ``now``; never the same state twice.
+
+        The state is copied, and written while the training goes on.
+        """
         p = self.progress
-        due = now or _crossed(self.intervals["save"], max(p.saved, 0), p.step)
+        keep = _crossed(self.intervals["keep"], p.kept[-1][0] if p.kept else 0, p.step)
+        due = now or keep or _crossed(self.intervals["save"], max(p.saved, 0), p.step)
         if not due or (p.saved, self._saved_validation) == (p.step, p.validated):
             return
-        weights = self.engine.full_state(self.lens.lens_state_names())
-        spoilt = first_not_finite(weights)
-        if self.engine.any(spoilt is not None):
+        self._saving.wait()
+        weights, optimizer = self.engine.weights_part(self.lens.lens_state_names()), self.engine.optimizer_part()
+        name = self.run.folder.name(p.step)
+        if self.engine.is_main:
+            (self.run.folder.begin(name) / "engine").mkdir()
+            self.run.curve.sync()
+            p.curve_lines = self.run.curve.lines
+        found = self.engine.gather((name, first_not_finite(weights.tensors | optimizer.tensors)))
+        name, spoilt = found[0][0], next((spoilt for _, spoilt in found if spoilt), None)
+        if spoilt is not None:
+            if self.engine.is_main:
+                self.run.folder.drop(name)
             raise TrainingError(
                 f"the weights are not finite at micro-step {p.step} ({spoilt}); they are not saved, the last checkpoint stays; "
                 "lower learning_rate"
             )
         p.saved, self._saved_validation = p.step, p.validated
-        if self.engine.is_main:
-            self._write(weights)
-        else:
-            self.engine.save_state(Path())  # takes part in gathering it
-        self.engine.barrier()
+        if keep:
+            p.kept.append([p.step, name])
+        self._saving.start(partial(self._write, name, weights, optimizer, dataclasses.asdict(p)))
 
-    def _write(self, weights: dict) -> None:
-        p, run = self.progress, self.run
-        run.curve.sync()
-        p.curve_lines = run.curve.lines
-
-        def fill(folder: Path) -> None:
+    def _write(self, name: str, weights: Part, optimizer: Part, progress: dict) -> None:
+        """Write this rank's part of a checkpoint; rank 0 gives it its name when all parts are there."""
+        run, folder = self.run.folder, self.run.folder.unfinished(name)
+        if not self.engine.is_main:
+            paths = [*weights.write(folder, "lens"), *optimizer.write(folder / "engine", "optimizer")]
+            if paths:
+                run.add_part(name, self.engine.rank, paths)
+            return
+        try:
             save_lens(folder, self.config, weights, self.statistics, self.lens.subject.fingerprint)
-            (folder / "engine").mkdir()
-            self.engine.save_state(folder / "engine")
-            state = {"format_version": TRAINER_VERSION, "progress": dataclasses.asdict(p), "identity": self.identity}
+            optimizer.write(folder / "engine", "optimizer")
+            state = {"format_version": TRAINER_VERSION, "progress": progress, "identity": self.identity}
             save_json(folder / "trainer.json", state | {"world_size": self.engine.world_size})
-
-        run.folder.write(run.folder.name(p.step), fill, [name for _, name in p.best])
+            best, kept = ([name for _, name in progress[key]] for key in ("best", "kept"))
+            run.finish(name, best, kept, max(weights.count, optimizer.count))
+        except OSError:
+            run.drop(name)
+            raise
 
 
 def is_finished(progress: Progress, clock: Clock) -> bool:

@@ -19,7 +19,7 @@ STAGES = [None, "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 SPOILT = 3  # this update has a loss that is not finite on one rank
 
 
-def make_engine(stage, dtype, weights=None):
+def make_engine(stage, dtype, weights=None, optimizer="adamw"):
     torch.manual_seed(0)
     module = FakeLens(torch.bfloat16 if dtype == "bf16" else torch.float32)
     config = Config(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2)
@@ -27,7 +27,7 @@ def make_engine(stage, dtype, weights=None):
         config.engine, config.fsdp = "fsdp", Fsdp(offload=stage == "fsdp_offload")
     elif stage is not None:
         config.deepspeed = str(ROOT / "ds_configs" / f"{stage}.json")
-    config.learning_rate, config.weight_decay = 0.01, 0.1
+    config.learning_rate, config.weight_decay, config.optimizer = 0.01, 0.1, optimizer
     if weights:
         with torch.no_grad():
             for name, value in weights.items():
@@ -52,7 +52,7 @@ def run(stage, dtype, folder):
     for update in range(6):
         if update == 3:
             saved = engine.full_state(NAMES)
-            engine.save_state(folder)
+            engine.optimizer_part().write(folder, "optimizer")
             engine.barrier()
         metrics.append(step(engine, update))
     return finish(engine, metrics), (saved if engine.is_main else None)
@@ -82,6 +82,8 @@ def main(folder: Path) -> None:
             place.mkdir(exist_ok=True)
             seen[f"{dtype} {stage}"], weights = run(stage, dtype, place)
             if dtype == "fp32":
+                engine = make_engine(stage, dtype, optimizer="sgd")
+                seen[f"sgd {stage}"] = finish(engine, [step(engine, update) for update in range(4)])
                 weights = [weights]
                 if world > 1:
                     torch.distributed.broadcast_object_list(weights)

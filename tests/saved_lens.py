@@ -12,6 +12,7 @@ from megalens.data.dump import dump
 from megalens.data.pretokenize import pretokenize
 from megalens.data.shards import ShardReader
 from megalens.engine.checkpoint import Statistics, save_lens
+from megalens.engine.state import Part
 from megalens.lens.lens import build_lens
 from megalens.tiny import make_model, make_text
 
@@ -46,7 +47,7 @@ def make_run(folder: Path, kind: str = "llama") -> Path:
     weights = {name: state[name] + 0.05 * torch.randn(state[name].shape, generator=draw) for name in lens.lens_state_names()}
     checkpoint = config.run_dir / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
-    save_lens(checkpoint, config, weights, statistics, lens.subject.fingerprint)
+    save_lens(checkpoint, config, Part(weights), statistics, lens.subject.fingerprint)
     (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"step": 12}}))
     curve = [{"step": step, "train/loss": 3.0 - step / 10, "val/fve_nrm": step / 20} for step in range(12)]
     (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))

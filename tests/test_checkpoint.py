@@ -3,17 +3,31 @@
 import json
 import os
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from endure import flip_checkpoint_bytes
 from safetensors.torch import load_file, save_file
 from tiny_run import make_subject_and_dump, tiny_config
 
 from megalens.config import ConfigError
-from megalens.engine.checkpoint import CheckpointError, RunFolder, Statistics, load_lens, read_statistics, save_lens
-from megalens.engine.files import point, save_tensors
+from megalens.engine.checkpoint import (
+    CheckpointError,
+    RunFolder,
+    Statistics,
+    check_checkpoint,
+    load_lens,
+    read_statistics,
+    read_weights,
+    save_lens,
+)
+from megalens.engine.files import point
+from megalens.engine.state import Part
 from megalens.lens.lens import Step, build_lens
 from megalens.tiny import make_model
+from megalens.train import train
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +49,7 @@ def saved(folder, tmp_path):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
     held = dict(lens.named_parameters())
     weights = {name: held[name].detach().clone() for name in lens.lens_state_names()}
-    save_lens(tmp_path, config, weights, statistics, lens.subject.fingerprint)
+    save_lens(tmp_path, config, Part(weights), statistics, lens.subject.fingerprint)
     return tmp_path, lens, statistics
 
 
@@ -49,6 +63,31 @@ def test_loaded_lens_is_the_saved_one(saved):
     assert not loaded.training
     assert torch.equal(loaded.mean, statistics.mean)
     assert torch.equal(read_statistics(folder).mean_normalised, statistics.mean_normalised)
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_found_and_its_file_named(folder):
+    config = tiny_config(folder, "flips", max_train_steps="2s")
+    assert train(config) == 0
+    counts = flip_checkpoint_bytes(config.run_dir, 40)
+    assert counts.keys() == {
+        "lens.safetensors",
+        "lens.json",
+        "stats.safetensors",
+        "trainer.json",
+        "engine/optimizer.safetensors",
+        "checksums.json",
+    }
+
+
+def test_damaged_lens_is_refused_where_it_is_used(folder):
+    config = tiny_config(folder, "used", max_train_steps="2s")
+    assert train(config) == 0
+    path = config.run_dir / "best" / "lens.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"lens.safetensors does not match its checksum.*; copy it anew"):
+        load_lens(config.run_dir / "best")
 
 
 def test_settings_may_be_other_ones_where_a_lens_is_used(saved):
@@ -95,17 +134,12 @@ def test_weights_that_do_not_fit_are_named(saved):
 # ------------------------------------------------------------------------------------------------------ a run's folder
 
 
-def fill_with(best):
-    def fill(folder):
-        (folder / "trainer.json").write_text(json.dumps({"progress": {"best": [[1.0, name] for name in best]}}))
-
-    return fill
-
-
-def write(run, step, best):
+def write(run, step, best, kept=()):
     name = run.name(step)
     best = [name if b == "this" else b for b in best]
-    run.write(name, fill_with(best), best)
+    progress = {"best": [[1.0, name] for name in best], "kept": [[1, name] for name in kept]}
+    (run.begin(name) / "trainer.json").write_text(json.dumps({"progress": progress}))
+    run.finish(name, best, kept)
     return name
 
 
@@ -122,6 +156,41 @@ def test_best_and_last_are_kept_and_the_links_are_relative(tmp_path):
     assert os.readlink(run.folder / "last") == f"checkpoints/{third}"
     assert os.readlink(run.folder / "best") == f"checkpoints/{first}"
     assert run.last == (run.checkpoints / third).resolve()
+
+
+def test_kept_ones_stay_for_good_also_where_a_run_is_tidied(tmp_path):
+    run = RunFolder(tmp_path)
+    first = write(run, 10, [])
+    second = write(run, 20, [], kept=[first])
+    assert names(run) == [first, second]
+    run.tidy()
+    assert names(run) == [first, second]
+    third = write(run, 30, [], kept=[first])
+    assert names(run) == [first, third]
+
+
+def test_checkpoint_of_several_ranks_is_finished_when_every_part_is_there(tmp_path):
+    run, weights = RunFolder(tmp_path), {f"w{i}": torch.full((4,), float(i)) for i in range(3)}
+    folder = run.begin("step-00000010")
+    (folder / "lens.json").write_text(json.dumps({"format": "megalens-lens", "format_version": 1, "weights": "lens*.safetensors"}))
+    (folder / "trainer.json").write_text("{}")
+    parts = [Part({name: weights[name]}, index, 3) for index, name in enumerate(weights)]
+    parts[0].write(folder, "lens")
+    with ThreadPoolExecutor() as pool:
+        finished = pool.submit(run.finish, "step-00000010", [], (), 3)
+        for rank in (2, 1):
+            time.sleep(0.2)
+            assert not finished.done()
+            assert run.last is None
+            run.add_part("step-00000010", rank, parts[rank].write(folder, "lens"))
+        finished.result()
+    assert {path.name for path in run.last.glob("lens-*")} == {f"lens-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    check_checkpoint(run.last)
+    read = read_weights(run.last)
+    assert all(torch.equal(read[name], value) for name, value in weights.items())
+    (run.last / "lens-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lens-00002-of-00003.safetensors is missing"):
+        check_checkpoint(run.last)
 
 
 def test_second_checkpoint_of_a_step_does_not_touch_the_first_until_it_is_whole(tmp_path):
@@ -158,7 +227,7 @@ def test_save_killed_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, mon
             patch.setattr(os, name, dying(getattr(os, name)))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
         try:
-            run.write(new, fill_with([new]), [new])
+            write(run, 20, ["this"])
         except Killed:
             died = True
     assert run.last is not None
@@ -208,8 +277,9 @@ def test_full_disk_is_an_os_error_that_names_the_file_and_leaves_no_half_checkpo
         run = RunFolder(disk)
         old = write(run, 10, ["this"])
         with pytest.raises(OSError, match="No space left on device") as error:
-            run.write(run.name(20), lambda folder: save_tensors(folder / "lens.safetensors", {"w": torch.zeros(1 << 16)}), [old])
+            Part({"w": torch.zeros(1 << 16)}).write(run.begin("step-00000020"), "lens")
         assert error.value.filename.endswith("lens.safetensors")
+        run.drop("step-00000020")
         assert names(run) == [old]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

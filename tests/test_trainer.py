@@ -1,9 +1,13 @@
 """The training loop on a tiny model: its curve, its checkpoints, and that an interruption changes nothing."""
 
+import errno
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import threading
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from tiny_run import make_subject_and_dump, tiny_config
 
 import megalens.trainer
 from megalens.config import Checkpoint, EarlyTermination, Validation
+from megalens.engine.checkpoint import CheckpointError, RunFolder
 from megalens.engine.local import LocalEngine
 from megalens.schedule import Clock
 from megalens.track import read_curve
@@ -91,7 +96,7 @@ def test_last_and_best_are_links_to_whole_checkpoints_and_nothing_else_is_kept(u
     assert state["progress"]["best"] == [[values[best], f"step-{best:08d}"]]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000016", f"step-{best:08d}"}
     held = {path.name for path in (run / "last").iterdir()}
-    assert held == {"lens.safetensors", "lens.json", "stats.safetensors", "trainer.json", "engine"}
+    assert held == {"lens.safetensors", "lens.json", "stats.safetensors", "trainer.json", "engine", "checksums.json"}
 
 
 def test_finished_run_says_so_and_changes_nothing(undisturbed, capsys):
@@ -217,6 +222,72 @@ def test_best_n_checkpoints_are_kept_in_order(folder):
     state = json.loads((config.run_dir / "last" / "trainer.json").read_text())
     assert [name for _, name in state["progress"]["best"]] == [f"step-{step:08d}" for step in wanted]
     assert {path.name for path in (config.run_dir / "checkpoints").iterdir()} == {f"step-{step:08d}" for step in {*wanted, 16}}
+
+
+def test_every_nth_checkpoint_is_saved_and_kept_for_good(folder):
+    config = tiny_config(folder, "every-nth", checkpoint=Checkpoint(save_interval="16s", keep_every="6s"))
+    assert train(config) == 0
+    state = json.loads((config.run_dir / "last" / "trainer.json").read_text())
+    assert state["progress"]["kept"] == [[6, "step-00000006"], [12, "step-00000012"]]
+    best = (config.run_dir / "best").resolve().name
+    names = {path.name for path in (config.run_dir / "checkpoints").iterdir()}
+    assert names == {"step-00000006", "step-00000012", "step-00000016", best}
+    assert load_file(config.run_dir / "checkpoints" / "step-00000006" / "lens.safetensors").keys() == weights(config).keys()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder, undisturbed, monkeypatch):
+    config = tiny_config(folder, "overlapped")
+    finish, step, stepped, seen = RunFolder.finish, LocalEngine.train_step, threading.Event(), []
+
+    def slow_finish(self, *arguments):
+        seen.append(stepped.wait(30) or arguments[0] == "step-00000016")  # behind the last there is no step
+        return finish(self, *arguments)
+
+    def noted_step(self, batches, at, lr_factor):
+        metrics = step(self, batches, at, lr_factor)
+        if at.update:  # the first save is at the end of micro-step 0, before any step
+            stepped.set()
+        return metrics
+
+    monkeypatch.setattr(RunFolder, "finish", slow_finish)
+    monkeypatch.setattr(LocalEngine, "train_step", noted_step)
+    assert train(config) == 0
+    assert len(seen) >= 4
+    assert all(seen), "a step was made before the save was over"
+    assert_same_run(config, undisturbed)
+
+
+def test_failed_save_ends_the_training_and_leaves_the_last_checkpoint(folder, monkeypatch):
+    config, finish = tiny_config(folder, "no-space"), RunFolder.finish
+
+    def full_disk(self, name, *arguments):
+        if name == "step-00000008":
+            raise OSError(errno.ENOSPC, "No space left on device", name)
+        return finish(self, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(config)
+    assert (config.run_dir / "last").resolve().name == "step-00000004"
+    assert not list((config.run_dir / "checkpoints").glob(".*"))
+
+
+def test_damaged_checkpoint_is_refused_and_the_mend_it_names_works(folder, undisturbed):
+    config = tiny_config(folder, "damaged", checkpoint=Checkpoint(save_interval="4s", keep_every="4s"), max_train_steps="8s")
+    config.gumbel_tau_schedule.num_steps = "16s"
+    assert train(config) == 0
+    path = config.run_dir / "last" / "engine" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.resolve().write_bytes(content)
+    config.max_train_steps = "16s"
+    with pytest.raises(CheckpointError, match=r"step-00000008/engine/optimizer.safetensors does not match its checksum") as error:
+        train(config)
+    subprocess.run(re.search(r"`(.*)`", str(error.value))[1], shell=True, check=True)
+    assert (config.run_dir / "last").resolve().name == "step-00000004"
+    assert train(config) == 0
+    assert_same_run(config, undisturbed)
 
 
 def test_unknown_best_metric_names_those_there_are(folder):

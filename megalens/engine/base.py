@@ -7,6 +7,8 @@ run saved by one is read by the other, on any number of ranks.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,12 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalens.engine.state import MOMENTS, EngineError, Part, copied, owners
+
 Groups = dict[str, dict[str, nn.Parameter]]
 Batch = dict[str, Tensor]
-
-
-class EngineError(ValueError):
-    """The training can not be run as asked. The message is one line and names the mend."""
 
 
 def join_ranks(device: torch.device) -> None:
@@ -85,6 +85,8 @@ class Engine(ABC):
         self.device = next(module.parameters()).device
         self.rank, self.world_size = rank_and_size()
         self.traffic = Traffic()
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+        self.moments = MOMENTS[config.optimizer]
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
         if not self.parameters:
             raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
@@ -111,20 +113,49 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def full_state(self, names: list[str]) -> dict[str, Tensor]:
-        """Parameters by name, whole, float32, on the CPU of rank 0; ``{}`` on other ranks. Call it on all ranks."""
+    def whole(self, name: str, moment: str | None = None) -> Tensor:
+        """A parameter (float32 where it is trained), or what the optimizer keeps for it, whole. Call it on all ranks."""
 
     @abstractmethod
-    def save_state(self, folder: Path) -> None:
-        """Write the optimizer's state. Call it on all ranks; the weights themselves are in :meth:`full_state`."""
+    def steps_taken(self) -> float:
+        """Steps that the optimizer counts; 0 where it counts none."""
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:
-        """Take over what :meth:`save_state` wrote, by whichever engine, on however many ranks.
+        """Take over the optimizer state that any engine wrote, on however many ranks.
 
         Raises:
-            EngineError: it is of other parameters.
+            EngineError: it is of another optimizer or other parameters.
         """
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def full_state(self, names: list[str]) -> dict[str, Tensor]:
+        """Parameters by name, whole, float32, on the CPU of rank 0; ``{}`` on other ranks. Call it on all ranks."""
+        values = {}
+        for name in names:
+            value = self.whole(name)
+            if self.is_main:
+                values[name] = copied(value)
+        return values
+
+    def weights_part(self, names: list[str]) -> Part:
+        """This rank's share of the named parameters, to be written. Call it on all ranks."""
+        return self._part({name: (name, None) for name in names})
+
+    def optimizer_part(self) -> Part:
+        """This rank's share of the optimizer's state. Call it on all ranks."""
+        part = self._part({f"{moment}.{name}": (name, moment) for moment in self.moments for name in self.parameters})
+        return dataclasses.replace(part, tensors=part.tensors | ({"step": torch.tensor(self.steps_taken())} if self.is_main else {}))
+
+    def _part(self, wanted: dict[str, tuple[str, str | None]]) -> Part:
+        owner, count = owners({key: 4 * math.prod(self.shapes[name]) for key, (name, _) in wanted.items()}, self.world_size)
+        tensors = {}
+        for key, (name, moment) in wanted.items():
+            value = self.whole(name, moment)
+            if owner[key] == self.rank:
+                tensors[key] = copied(value)
+        return Part(tensors, self.rank, count)
 
     # ---------------------------------------------------------------------------------------------------- between ranks
 
@@ -163,7 +194,7 @@ class Engine(ABC):
 
 
 def optimizer_groups(config, groups: Groups) -> list[dict]:
-    """Parameter groups for AdamW: ``params``, ``lr``, ``weight_decay`` and ``multiplier`` (of the learning rate).
+    """Parameter groups: ``params``, ``lr``, ``weight_decay`` and ``multiplier`` (of the learning rate).
 
     Weight decay is for matrices: never for prompts, norms and biases.
     """
@@ -182,6 +213,13 @@ def optimizer_groups(config, groups: Groups) -> list[dict]:
                     }
                 )
     return result
+
+
+def build_optimizer(config, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` asks for, over parameter groups."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, betas=tuple(config.betas), fused=fused)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

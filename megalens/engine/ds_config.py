@@ -26,17 +26,15 @@ def resolve(config, ranks: int) -> dict:
     for section, instead in (("scheduler", "lr_scheduler"), ("fp16", "dtype (bf16 or fp32)"), ("amp", "dtype (bf16 or fp32)")):
         if found.get(section, {}).get("enabled", section == "scheduler" and section in found):
             raise EngineError(f"{config.deepspeed}: take out the section {section}; the setting is {instead}")
-    optimizer = found.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    if optimizer.get("type") != "AdamW":
-        raise EngineError(f"{config.deepspeed}: optimizer.type={optimizer.get('type')} must be AdamW")
     for path, (value, key) in _wanted(config, ranks).items():
         _settle(found, path, value, key, config.deepspeed)
     if resolve_dtype(config) == "float32":  # there is nothing to accumulate more exactly
         found.pop("data_types", None)
+    del found["optimizer"]  # held against the configuration above; the engine makes it
     left = _autos(found)
     if left:
         raise EngineError(f'{config.deepspeed}: {left[0]} can not be "auto"; give it a value or leave it out')
-    return {"steps_per_print": None, **found}
+    return {"steps_per_print": None, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **found}
 
 
 def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
@@ -49,6 +47,7 @@ def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (config.grad_clip, "grad_clip"),
         "bf16.enabled": (resolve_dtype(config) == "bfloat16", f"dtype={config.dtype}"),
         "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
+        "optimizer.type": ({"adamw": "AdamW", "sgd": "SGD"}[config.optimizer], f"optimizer={config.optimizer}"),
         "optimizer.params.lr": (config.learning_rate, "learning_rate"),
         "optimizer.params.betas": (list(config.betas), "betas"),
         "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +31,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def save_json(path: Path, value: Any) -> None:
     """Write JSON, indented, to be read by people too."""
     path.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """xxh3_64 of a file, 16 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -19,15 +19,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
-from megalens.engine.base import Batch, Engine, EngineError, Groups, Traffic, join_alone, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, EngineError, Groups, Traffic, build_optimizer, join_alone, optimizer_groups, to_device
+from megalens.engine.state import OptimizerState
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in PyTorch 2.13
 _scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class FsdpEngine(Engine):
-    """AdamW on float32 shards of the trainable parameters; what is frozen is sharded in its own dtype.
+    """The optimizer on float32 shards of the trainable parameters; what is frozen is sharded in its own dtype.
 
     Args:
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
@@ -66,7 +66,7 @@ class FsdpEngine(Engine):
         self.parameters = {name: self.shards[name] for name in self.parameters}
         self.masters = {name: nn.Parameter(shard.to_local().detach()) for name, shard in self.parameters.items()}
         chosen = [{**g, "params": [self.masters[by_parameter[p]] for p in g["params"]]} for g in optimizer_groups(config, groups)]
-        self.optimizer = torch.optim.AdamW(chosen, betas=tuple(config.betas), fused=True)
+        self.optimizer = build_optimizer(config, chosen, fused=True)
 
     def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
         total: dict[str, Tensor] = {}
@@ -93,33 +93,29 @@ class FsdpEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def full_state(self, names: list[str]) -> dict[str, Tensor]:
-        self._reshard()
-        state = {}
-        for name in names:
-            value = self._whole(self.shards[name].to_local(), self.shards[name])
-            if self.is_main:
-                state[name] = value.to("cpu", torch.float32, copy=True)
-        return state
+    def whole(self, name: str, moment: str | None = None) -> Tensor:
+        shard = self.shards[name]
+        if moment is None:
+            self._reshard()
+            local = self.shards[name].to_local()
+        else:
+            state = self.optimizer.state.get(self.masters[name])
+            local = state[moment] if state else torch.zeros_like(self.masters[name])
+        local = local.detach().to(self.device)
+        return DTensor.from_local(
+            local, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
+        ).full_tensor()
 
-    def save_state(self, folder: Path) -> None:
-        moments = {}
-        for name, master in self.masters.items():
-            state = self.optimizer.state.get(master)
-            values = {key: self._whole(state[key] if state else torch.zeros_like(master), self.shards[name]) for key in MOMENTS}
-            if self.is_main:
-                moments[name] = {key: value.cpu() for key, value in values.items()}
-        if self.is_main:
-            steps = next((state["step"].item() for state in self.optimizer.state.values()), 0.0)
-            save_adam_state(folder, steps, moments.items())
+    def steps_taken(self) -> float:
+        return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
 
     def load_state(self, folder: Path) -> None:
-        saved = AdamState(folder, {name: tuple(shard.shape) for name, shard in self.parameters.items()})
-        for name, master in self.masters.items():
+        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.masters})
+        for name, master in self.masters.items() if self.moments else ():
             shard = self.shards[name]
             shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
             place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-            moments = {key: value[place].to(master.device).clone() for key, value in saved.moments(name).items()}
+            moments = {key: value.to(master.device) for key, value in saved.moments(name, place).items()}
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=master.device), **moments}
 
     def _widen(self, weights: dict[str, Tensor]) -> None:
@@ -145,13 +141,6 @@ class FsdpEngine(Engine):
         self._sum(squares)
         copies = self.world_size // self.mesh.size(-1)
         return (squares / copies).sqrt().float()
-
-    def _whole(self, local: Tensor, like: DTensor) -> Tensor:
-        """The whole tensor, on every rank, of which each rank holds the shard that it holds of ``like``."""
-        local = local.detach().to(self.device)
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        ).full_tensor()
 
 
 def _mesh(shard_ranks: int | None, device_type: str, ranks: int) -> DeviceMesh:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
-from megalens.engine.base import Batch, Engine, Groups, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups, to_device
+from megalens.engine.state import OptimizerState
 
 
 class LocalEngine(Engine):
-    """AdamW on float32 masters of the trainable parameters.
+    """The optimizer on float32 masters of the trainable parameters.
 
     The module computes in its own dtype; where that is not float32, each trainable parameter has a float32 master that the optimizer moves
     and that is rounded back after the step. Gradients of all micro-batches and ranks are summed in float32, in one flat buffer: one
@@ -37,7 +37,7 @@ class LocalEngine(Engine):
             parameter.register_post_accumulate_grad_hook(self._collector(self.gradients[name]))
         by_parameter = {parameter: self.masters[name] for name, parameter in self.parameters.items()}
         options = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in optimizer_groups(config, groups)]
-        self.optimizer = torch.optim.AdamW(options, betas=tuple(config.betas), fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = build_optimizer(config, options, fused=self.device.type in ("cpu", "cuda"))
 
     def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
         self.gradient.zero_()
@@ -70,26 +70,20 @@ class LocalEngine(Engine):
                 if master is not self.parameters[name]:
                     self.parameters[name].copy_(master)
 
-    def full_state(self, names: list[str]) -> dict[str, Tensor]:
-        if not self.is_main:
-            return {}
-        held = dict(self.module.named_parameters()) | self.masters
-        return {name: held[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+    def whole(self, name: str, moment: str | None = None) -> Tensor:
+        if moment is None:
+            return self.masters[name] if name in self.masters else self.module.get_parameter(name)
+        state = self.optimizer.state.get(self.masters[name])
+        return state[moment] if state else torch.zeros(self.shapes[name])
 
-    def save_state(self, folder: Path) -> None:
-        if self.is_main:
-            steps = next((state["step"].item() for state in self.optimizer.state.values()), 0.0)
-            save_adam_state(folder, steps, ((name, self._moments(master)) for name, master in self.masters.items()))
+    def steps_taken(self) -> float:
+        return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
 
     def load_state(self, folder: Path) -> None:
-        saved = AdamState(folder, {name: p.shape for name, p in self.masters.items()})
-        for name, master in self.masters.items():
+        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.masters})
+        for name, master in self.masters.items() if self.moments else ():
             moments = {key: value.to(self.device) for key, value in saved.moments(name).items()}
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=self.device), **moments}
-
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(master)
-        return {key: state[key].cpu() if state else torch.zeros(master.shape) for key in MOMENTS}
 
     def _same_start(self) -> None:
         """Rank 0's values on every rank, and the module's own parameters rounded from the masters."""

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO 1-3: optimizer state, gradients and parameters in shards over the ranks, or offloaded to the CPU.
 
-DeepSpeed's own checkpoints are pickles, tied to the number of ranks; this engine writes the optimizer's state whole, by parameter name, in
-safetensors, gathered one parameter at a time. The price is rank 0's CPU memory for two float32 copies of what is trained.
+DeepSpeed's own checkpoints are pickles, tied to the number of ranks; this engine gathers the optimizer's state by parameter name, one at a
+time, and writes it as all engines do.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalens.engine.adam_state import MOMENTS, AdamState, save_adam_state
-from megalens.engine.base import Batch, Engine, Groups, join_alone, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, join_alone, optimizer_groups, to_device
 from megalens.engine.ds_config import resolve
+from megalens.engine.state import OptimizerState, Part
 
 
 class ZeroEngine(Engine):
@@ -36,11 +36,10 @@ class ZeroEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", "0")
         join_alone(next(module.parameters()).device)
         super().__init__(config, module, groups)
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         deepspeed = _import_deepspeed(on_gpu)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
-            model_parameters=optimizer_groups(config, groups),
+            optimizer=build_optimizer(config, optimizer_groups(config, groups), fused=False),
             config=resolve(config, self.world_size),
             dist_init_required=False,
         )
@@ -65,29 +64,33 @@ class ZeroEngine(Engine):
         norm = float(self.engine.get_global_grad_norm())
         return self.reduce_mean(total) | {"grad_norm": norm, "skipped": float(skipped)}
 
-    def full_state(self, names: list[str]) -> dict[str, Tensor]:
-        state = {}
-        for name in names:
-            value = self._get(name, None)
-            if self.is_main:
-                state[name] = value.detach().to("cpu", torch.float32, copy=True)
-        return state
+    def whole(self, name: str, moment: str | None = None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    def save_state(self, folder: Path) -> None:
+        if name not in self.parameters:  # not trained
+            parameter = self.module.get_parameter(name)
+            with _gathered(parameter):
+                return parameter.detach().clone()
+        if moment is None:
+            return safe_get_full_fp32_param(self.parameters[name])
+        if not self.steps_taken():
+            return torch.zeros(self.shapes[name])
+        return safe_get_full_optimizer_state(self.parameters[name], moment)
+
+    def optimizer_part(self) -> Part:
         self._link_moments()
-        moments = {}
-        for name in self.parameters:
-            values = {key: self._get(name, key) for key in MOMENTS}
-            if self.is_main:
-                moments[name] = {key: value.to("cpu", torch.float32, copy=True) for key, value in values.items()}
-        if self.is_main:
-            save_adam_state(folder, self._steps(), moments.items())
+        return super().optimizer_part()
+
+    def steps_taken(self) -> float:
+        return next((float(state["step"]) for state in self._optimizer.state.values() if "step" in state), 0.0)
 
     def load_state(self, folder: Path) -> None:
-        saved = AdamState(folder, self.shapes)
+        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.parameters})
+        if not self.moments:
+            return
         for partition in self._partitions():
-            zeros = {key: torch.zeros_like(partition.data) for key in MOMENTS}
-            self._adam.state[partition] = {"step": torch.tensor(saved.step), **zeros}
+            zeros = {key: torch.zeros_like(partition.data) for key in self.moments}
+            self._optimizer.state[partition] = {"step": torch.tensor(saved.step), **zeros}
         self._link_moments()
         for name in self.parameters:
             for key, value in saved.moments(name).items():
@@ -99,7 +102,7 @@ class ZeroEngine(Engine):
     # ------------------------------------------------------------------------------------- DeepSpeed's shards by name
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         return self.sharded.optimizer
 
     @property
@@ -107,7 +110,7 @@ class ZeroEngine(Engine):
         return self.engine.zero_optimization_stage() == 3
 
     def _partitions(self) -> list[Tensor]:
-        """This rank's flat float32 partitions, which AdamW steps on."""
+        """This rank's flat float32 partitions, which the optimizer steps on."""
         for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(self.sharded, attribute):
                 return getattr(self.sharded, attribute)
@@ -123,27 +126,9 @@ class ZeroEngine(Engine):
 
     def _link_moments(self) -> None:
         """Stages 1 and 2 look up each parameter's moments once, when only the first group has any."""
-        if not self._is_stage_3 and self._steps():
+        if not self._is_stage_3 and self.steps_taken():
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()
-
-    def _steps(self) -> float:
-        return next((float(state["step"]) for state in self._adam.state.values() if "step" in state), 0.0)
-
-    def _get(self, name: str, key: str | None) -> Tensor:
-        """A parameter (``key`` None) or a moment of it, whole, on every rank."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if name not in self.parameters:  # not trained
-            parameter = dict(self.module.named_parameters())[name]
-            with _gathered(parameter):
-                return parameter.detach().clone()
-        parameter = self.parameters[name]
-        if key is None:
-            return safe_get_full_fp32_param(parameter)
-        if not self._steps():
-            return torch.zeros(self.shapes[name])
-        return safe_get_full_optimizer_state(parameter, key)
 
     def _set(self, name: str, value: Tensor, key: str | None) -> None:
         """Put a whole parameter or moment into this rank's share of it."""
