@@ -18,6 +18,7 @@ REQUIRED = [
     "zstandard>=0.23,<1",  # compressed corpora, read as streams
     "xxhash>=3.5",  # checksums of shards and fingerprints
     "peft>=0.21,<1",  # LoRA adapters on the shared base
+    "accelerate>=1.1,<2",  # models whose weights are not there yet (peft needs it too)
     "wandb>=0.31,<1",  # curves and tables of a run, offline by default
 ]
 DEEPSPEED = [

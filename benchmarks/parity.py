@@ -117,14 +117,14 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     """One training; rank 0 writes its losses and final weights."""
     import torch
 
-    from megalens.engine import build_engine, rank_and_size
+    from megalens.engine import build_engine, rank_and_size, shards_weights
     from megalens.engine.files import save_json, save_tensors
     from megalens.lens.lens import Step, build_lens
 
     rank, ranks = rank_and_size()
     config, draw = configure(folder, mode, name), torch.Generator().manual_seed(0)
     mean, var = torch.randn(64, generator=draw), torch.rand(64, generator=draw) + 0.5
-    lens = build_lens(config, mean, var)
+    lens = build_lens(config, mean, var, empty_blocks=shards_weights(config))
     engine = build_engine(config, lens, lens.parameter_groups())
     losses = []
     for update in range(steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
 
@@ -41,3 +42,9 @@ def resolve_dtype(config: Config) -> str:
     capabilities = torch.cpu.get_capabilities()
     native = resolve_device(config.device).type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if native else "float32"
+
+
+def materialise(parameter: nn.Parameter, value: Tensor, device: torch.device) -> None:
+    """Give a parameter on the meta device its values, on a device; whoever refers to it keeps the same object."""
+    real = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+    torch.utils.swap_tensors(parameter, real)

@@ -52,7 +52,7 @@ def train(config) -> int:
     """Build everything, train, close."""
     from megalens.data.loader import ActivationLoader
     from megalens.data.source import training_loader
-    from megalens.engine import build_engine, rank_and_size
+    from megalens.engine import build_engine, rank_and_size, shards_weights
     from megalens.evaluate.metrics import Reference
     from megalens.lens.lens import build_lens
     from megalens.lens.subject import subject_fingerprint
@@ -73,7 +73,7 @@ def train(config) -> int:
             print(f"{config.run_dir} is finished: {clock.last_step} micro-steps; {longer} trains it longer", file=sys.stderr)
         return 0
 
-    lens = build_lens(config, start.statistics.mean, start.statistics.var)
+    lens = build_lens(config, start.statistics.mean, start.statistics.var, empty_blocks=shards_weights(config))
     if start.weights is not None:
         lens.load_lens_state(start.weights)
     engine = build_engine(config, lens, lens.parameter_groups(), start.weights)

@@ -6,14 +6,24 @@ from torch import Tensor, nn
 
 from megalens.engine.base import Engine, EngineError, Groups, join_ranks, leave_ranks, rank_and_size
 
-__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks", "rank_and_size"]
+__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks", "rank_and_size", "shards_weights"]
+
+
+def shards_weights(config) -> bool:
+    """Does the engine of ``config`` cut the weights themselves into shards (and give those on the meta device their values)?"""
+    if config.deepspeed is None:
+        return config.engine == "fsdp"
+    from megalens.engine.ds_config import zero_stage
+
+    return zero_stage(config) == 3
 
 
 def build_engine(config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:
     """The engine that ``config`` asks for: FSDP2, DeepSpeed's ZeRO 1-3, or the local one (also for ZeRO 0, which shards nothing).
 
     Args:
-        module: called as ``module(batch, at)``.
+        module: called as ``module(batch, at)``. An engine that :func:`shards_weights` takes it with parameters on the meta device, gives
+            them their values (``weights``, else ``module.initial(name)``) and shards them, one of its ``shard_units()`` at a time.
         groups: its trainable parameters by group and name.
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
     """

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalens.device import materialise
 from megalens.engine.state import MOMENTS, EngineError, Part, copied, owners
 
 Groups = dict[str, dict[str, nn.Parameter]]
@@ -82,7 +83,7 @@ class Engine(ABC):
 
     def __init__(self, config, module: nn.Module, groups: Groups):
         self.config, self.module = config, module
-        self.device = next(module.parameters()).device
+        self.device = device_of(module)
         self.rank, self.world_size = rank_and_size()
         self.traffic = Traffic()
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
@@ -127,6 +128,13 @@ class Engine(ABC):
         Raises:
             EngineError: it is of another optimizer or other parameters.
         """
+
+    def _fill(self, unit: list[nn.Module], weights: dict[str, Tensor]) -> None:
+        """Give the parameters of some modules that are still on the meta device their values."""
+        inside = {parameter for part in unit for parameter in part.parameters() if parameter.is_meta}
+        for name, parameter in self.module.named_parameters():
+            if parameter in inside:
+                materialise(parameter, weights[name] if name in weights else self.module.initial(name), self.device)
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -191,6 +199,11 @@ class Engine(ABC):
         if self.world_size > 1:
             self.traffic.add("all_reduce", values)
             dist.all_reduce(values)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, whether or not all of its parameters are there yet."""
+    return next(p.device for p in module.parameters() if not p.is_meta)
 
 
 def optimizer_groups(config, groups: Groups) -> list[dict]:

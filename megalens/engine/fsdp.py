@@ -19,7 +19,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megalens.engine.base import Batch, Engine, EngineError, Groups, Traffic, build_optimizer, join_alone, optimizer_groups, to_device
+from megalens.engine.base import (
+    Batch,
+    Engine,
+    EngineError,
+    Groups,
+    Traffic,
+    build_optimizer,
+    device_of,
+    join_alone,
+    optimizer_groups,
+    to_device,
+)
 from megalens.engine.state import OptimizerState
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in PyTorch 2.13
@@ -37,24 +48,32 @@ class FsdpEngine(Engine):
     """
 
     def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
-        join_alone(next(module.parameters()).device)
+        join_alone(device_of(module))
         super().__init__(config, module, groups)
         compute_dtype = next(iter(self.parameters.values())).dtype
-        self._widen(weights or {})
+        weights, by_parameter = weights or {}, {parameter: name for name, parameter in self.parameters.items()}
+        chosen = optimizer_groups(config, groups)
         self.mesh = _mesh(config.fsdp.shard_ranks, self.device.type, self.world_size)
         options = {
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
         }
-        room = config.fsdp.gather_gb * 2**30
+        room, sharded = config.fsdp.gather_gb * 2**30, set()
         for unit in getattr(module, "shard_units", list)():
-            size = sum(p.numel() * p.element_size() for m in unit for p in m.parameters())
+            whole = {parameter for part in unit for parameter in part.parameters()}
+            size = sum(p.numel() * compute_dtype.itemsize for p in whole)
+            self._fill(unit, weights)
+            self._widen({name: p for name, p in self.parameters.items() if p in whole}, weights)
             fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=True, **options)
+            for parameter in whole:  # others may refer to it; its shard is what counts from now on
+                parameter.data = parameter.data.new_empty(0)
+            sharded |= whole
             if size <= room and len(unit) == 1:
                 unit[0].set_reshard_after_forward(False)
                 unit[0].set_reshard_after_backward(False)
                 room -= size
+        self._widen({name: p for name, p in self.parameters.items() if p not in sharded}, weights)
         fully_shard(module, **options)
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         for part in self._sharded:
@@ -62,10 +81,9 @@ class FsdpEngine(Engine):
             part.set_custom_reduce_scatter(_ReduceScatter(self.traffic))
         module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
         self.shards = dict(module.named_parameters())
-        by_parameter = {parameter: name for name, parameter in self.parameters.items()}
         self.parameters = {name: self.shards[name] for name in self.parameters}
         self.masters = {name: nn.Parameter(shard.to_local().detach()) for name, shard in self.parameters.items()}
-        chosen = [{**g, "params": [self.masters[by_parameter[p]] for p in g["params"]]} for g in optimizer_groups(config, groups)]
+        chosen = [{**group, "params": [self.masters[by_parameter[p]] for p in group["params"]]} for group in chosen]
         self.optimizer = build_optimizer(config, chosen, fused=True)
 
     def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
@@ -118,10 +136,10 @@ class FsdpEngine(Engine):
             moments = {key: value.to(master.device) for key, value in saved.moments(name, place).items()}
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=master.device), **moments}
 
-    def _widen(self, weights: dict[str, Tensor]) -> None:
-        """Float32 values of what is trained, the same on every rank."""
+    def _widen(self, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+        """Float32 values of parameters that are trained, the same on every rank."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in parameters.items():
                 parameter.data = weights[name].to(self.device).float() if name in weights else parameter.data.float()
                 if self.world_size > 1:
                     dist.broadcast(parameter.data, 0)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalens.engine.base import Batch, Engine, Groups, build_optimizer, join_alone, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device
 from megalens.engine.ds_config import resolve
 from megalens.engine.state import OptimizerState, Part
 
@@ -30,17 +30,22 @@ class ZeroEngine(Engine):
     """
 
     def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
-        on_gpu = next(module.parameters()).device.type == "cuda"
+        on_gpu = device_of(module).type == "cuda"
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")
-        join_alone(next(module.parameters()).device)
+        join_alone(device_of(module))
         super().__init__(config, module, groups)
-        deepspeed = _import_deepspeed(on_gpu)
+        deepspeed, settings, chosen = _import_deepspeed(on_gpu), resolve(config, self.world_size), optimizer_groups(config, groups)
+        if settings["zero_optimization"]["stage"] == 3:
+            deepspeed.init_distributed(dist_init_required=False)  # its Init asks for the number of ranks before it joins them
+            for unit in getattr(module, "shard_units", list)():
+                self._fill(unit, weights or {})
+                deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(config, optimizer_groups(config, groups), fused=False),
-            config=resolve(config, self.world_size),
+            optimizer=build_optimizer(config, chosen, fused=False),
+            config=settings,
             dist_init_required=False,
         )
         self.device = self.engine.device

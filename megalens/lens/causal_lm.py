@@ -6,6 +6,7 @@ The blocks are the library's own modules, called with explicit positions, masks 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -315,8 +316,10 @@ class CausalLM(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-def add_adapter(lm: CausalLM, name: str, blocks: range, lora) -> dict[str, nn.Parameter]:
+def add_adapter(lm: CausalLM, name: str, blocks: range, lora, seed: int) -> dict[str, nn.Parameter]:
     """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
+
+    Where a layer has no weights yet (it is on the meta device), neither have its adapters: they start as :func:`adapter_start` says.
 
     Returns the new, trainable parameters by their name within ``lm``; the trainability of all others stays as it was.
     """
@@ -338,11 +341,23 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora) -> dict[str, nn.Pa
     for n, p in lm.named_parameters():
         p.requires_grad_(n in added or n in trainable)
         if n in added:
-            p.data = p.data.to(lm.dtype)
+            p.data = (p if p.is_meta else adapter_start(seed, n, p.shape)).to(p.device, lm.dtype)
     lm.adapted = [module for module in lm.model.modules() if isinstance(module, LoraLayer)]
     for layer in lm.adapted:
         layer._active_adapter = []
     return added
+
+
+def adapter_start(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """What a LoRA matrix starts as: a function of the seed and its name, whoever makes it and in whatever order.
+
+    B starts at zero, so that an adapter changes nothing at first; A is uniform within ``1 / sqrt(inputs)``, as peft draws it.
+    """
+    if ".lora_A." not in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.empty(shape).uniform_(-1.0, 1.0, generator=draw) / shape[1] ** 0.5
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
+from megalens.lens.causal_lm import adapter_start
 from megalens.lens.objective import relative_mse, resample_error, shared_contexts, weighted_sum
 from megalens.lens.reconstructor import Reconstructor
 from megalens.lens.subject import Read, Subject, load_subject, load_tokenizer
@@ -46,17 +47,16 @@ class ConsistencyLens(nn.Module):
         if config.verbalizer.inject == "block" and config.layer_l + 1 >= subject.num_blocks:
             raise ConfigError(f"layer_l={config.layer_l} is the last block: no block above it can speak; set verbalizer.inject=embedding")
         self.config, self.subject, self.tokenizer = config, subject, tokenizer
+        mean_D, var_D = mean_D.to(subject.device), var_D.to(subject.device)
         self.register_buffer("mean", mean_D.float(), persistent=False)
         self.register_buffer("var", var_D.float(), persistent=False)
-        with torch.random.fork_rng(devices=[]):  # the adapters' initial values are a function of the seed alone
-            torch.manual_seed(config.seed)
+        with torch.device(subject.device):
             self.verbalizer = Verbalizer(config, subject.lm, tokenizer, mean_D, var_D)
             self.reconstructor = Reconstructor(config, subject.lm, tokenizer, mean_D, var_D)
         plain = tokenizer(config.verbalizer.plain_prompt)["input_ids"] or [tokenizer.eos_token_id]
-        self.register_buffer("plain_ids", torch.tensor([plain]), persistent=False)
+        self.register_buffer("plain_ids", torch.tensor([plain], device=subject.device), persistent=False)
         if config.compile:
             subject.lm.compile_blocks()
-        self.to(subject.device)
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -168,14 +168,14 @@ class ConsistencyLens(nn.Module):
         return groups
 
     def shard_units(self) -> list[list[nn.Module]]:
-        """What a sharding engine gathers together: every block, the tied vocabulary, and each other part that is called on its own."""
+        """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
         lm = self.subject.lm
         whole = [*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values(), self.verbalizer.projection]
         whole.append(self.reconstructor.head)
         vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
         inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
         rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
-        return [*([part] for part in [*whole, *rest]), vocabulary]
+        return [vocabulary, *([part] for part in [*whole, *rest])]
 
     def lens_state_names(self) -> list[str]:
         """Names in the state dict of all that is not the frozen subject: what a checkpoint of the lens holds."""
@@ -197,9 +197,25 @@ class ConsistencyLens(nn.Module):
                 )
         with torch.no_grad():
             for name, value in state.items():
-                parameters[name].copy_(value)
+                if not parameters[name].is_meta:
+                    parameters[name].copy_(value)
+
+    def initial(self, name: str) -> Tensor:
+        """What a parameter that is on the meta device starts as: a block's weights (the lens' own are copies), or an adapter's."""
+        lm, (role, rest) = self.subject.lm, name.split(".", 1)
+        if ".lora_" in name:
+            return adapter_start(self.config.seed, rest.removeprefix("lm."), self.get_parameter(name).shape)
+        if role == "subject":
+            return self.subject.files.read(rest.removeprefix("lm.model.").replace(".base_layer.", "."))
+        index, within = rest.removeprefix("own.").split(".", 1)
+        block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
+        return self.subject.files.read(f"{block}.{within}")
 
 
-def build_lens(config: Config, mean_D: Tensor, var_D: Tensor) -> ConsistencyLens:
-    """A fresh lens for a configuration, from the subject's model and the training activations' statistics."""
-    return ConsistencyLens(config, load_subject(config), load_tokenizer(config), mean_D, var_D)
+def build_lens(config: Config, mean_D: Tensor, var_D: Tensor, empty_blocks: bool = False) -> ConsistencyLens:
+    """A fresh lens for a configuration, from the subject's model and the training activations' statistics.
+
+    Args:
+        empty_blocks: leave all blocks (and adapters) on the meta device, for an engine that fills and shards one at a time.
+    """
+    return ConsistencyLens(config, load_subject(config, empty_blocks=empty_blocks), load_tokenizer(config), mean_D, var_D)

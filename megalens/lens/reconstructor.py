@@ -41,7 +41,7 @@ class Reconstructor(nn.Module):
         self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
         self.own.requires_grad_(True)
         self.adapter = "reconstructor" if options.mode == "lora" else None
-        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora) if self.adapter else {}
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
     def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Rebuild activations ``[B, D]`` (float32) from text embeddings, right-padded to T.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megalens.config import Config, ConfigError
 from megalens.device import resolve_device, resolve_dtype
 from megalens.lens.causal_lm import CausalLM, KVCache, adapter
+from megalens.lens.weights import WeightFiles, load_without_blocks
 
 
 @dataclass
@@ -37,10 +38,12 @@ class Subject(nn.Module):
         layer_l: activations are the residual stream after this block (0-based; Hugging Face's ``hidden_states[layer_l + 1]``,
             but before the final norm when it is the last block).
         fingerprint: identifies the weights.
+        files: where the blocks' weights are read, while the blocks are on the meta device.
     """
 
-    def __init__(self, lm: CausalLM, layer_l: int, fingerprint: str):
+    def __init__(self, lm: CausalLM, layer_l: int, fingerprint: str, files: WeightFiles | None = None):
         super().__init__()
+        self.files = files
         self.lm = lm
         self.layer_l = layer_l
         self.fingerprint = fingerprint
@@ -137,23 +140,27 @@ class Subject(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_subject(config: Config, upto_block: int | None = None) -> Subject:
+def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bool = False) -> Subject:
     """The subject of ``config.model_name``, on its device and in its dtype.
 
     Args:
         upto_block: keep only blocks ``0 .. upto_block`` (for a dump, which needs no more); None: all.
+        empty_blocks: leave the blocks on the meta device; ``files`` of the subject are where their weights are.
 
     Raises:
         ConfigError: no such model, or ``layer_l`` is not a block of it.
     """
-    settings = check_model(config)
+    settings, device = check_model(config), resolve_device(config.device)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
-    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention, "use_safetensors": True}
-    model = _from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, **options)
+    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention}
+    if empty_blocks:
+        lm, files = load_without_blocks(config.model_name, settings, device, trust_remote_code=config.trust_remote_code, **options)
+        return Subject(lm, config.layer_l, subject_fingerprint(config), files)
+    model = _from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
     lm = CausalLM(model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
-    return Subject(lm, config.layer_l, subject_fingerprint(config)).to(resolve_device(config.device))
+    return Subject(lm, config.layer_l, subject_fingerprint(config)).to(device)
 
 
 def load_tokenizer(config: Config):

@@ -101,7 +101,7 @@ class Verbalizer(nn.Module):
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
         self.adapter = "verbalizer" if options.mode == "lora" and len(trained) else None
-        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora) if self.adapter else {}
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
     def forward(self, method: str, *args, **options):
         """Every use goes through here, so that engines' hooks on the module see it."""
