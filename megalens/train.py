@@ -19,9 +19,7 @@ behind a saved checkpoint (a second Ctrl-C stops at once, without saving).
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -35,17 +33,15 @@ def main(arguments: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from megalens.config import load_config
     from megalens.default_experiment import with_experiment
-    from megalens.engine import join_ranks, leave_ranks
+    from megalens.engine import join_ranks
+    from megalens.engine.failure import told_once
     from megalens.preflight import check_ready
     from megalens.sweep.trial import as_trial
 
-    config = as_trial(load_config(with_experiment(arguments)))
-    device = check_ready(config)
-    join_ranks(device)
-    try:
+    with told_once():
+        config = as_trial(load_config(with_experiment(arguments)))
+        join_ranks(check_ready(config))
         return train(config)
-    finally:
-        leave_ranks()
 
 
 def train(config) -> int:
@@ -94,15 +90,5 @@ def train(config) -> int:
     return code
 
 
-def told_once(arguments: list[str]) -> int:
-    """:func:`main`, but an error that rank 0 has too is told by it alone: the others wait to be ended by the launcher first."""
-    try:
-        return main(arguments)
-    except (ValueError, OSError):
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)
-        raise
-
-
 if __name__ == "__main__":
-    cli.run(told_once, __doc__)
+    cli.run(main, __doc__)

@@ -213,8 +213,8 @@ def change_engines(place: Path, optimizer: str) -> dict[str, float]:
     Every rank writes a part of every checkpoint.
 
     Returns:
-        the largest relative difference of a step's loss and of a validation's from an undisturbed training's, and of a final weight
-        relative to the largest of its tensor.
+        the largest relative difference of a step's loss and of a validation's from an undisturbed training's, and of a final
+        weight tensor relative to its norm.
 
     Raises:
         AssertionError: a part of the run was not killed, or did not begin where the one before was saved.
