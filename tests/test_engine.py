@@ -180,6 +180,23 @@ def test_sgd_moves_against_the_clipped_gradient_and_keeps_no_state(tmp_path):
         make_engine().load_state(tmp_path)
 
 
+def test_norm_of_a_million_gradients_is_exact():
+    gradient = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(10**6))
+
+        def forward(self, batch, at):
+            return {"loss": self.weight @ batch["gradient"]}
+
+    module = Large()
+    engine = build_engine(Config(device="cpu", dtype="fp32"), module, {"prompts": {"weight": module.weight}})
+    found = engine.train_step([{"gradient": gradient}], At(0), 1.0)["grad_norm"]
+    assert found == pytest.approx(gradient.double().norm().item(), rel=1e-7)
+
+
 def test_large_state_is_divided_over_the_ranks_in_equal_shares(monkeypatch):
     monkeypatch.setattr(state, "FILE_BYTES", 100)
     sizes = {f"w{i}": 40 for i in range(20)}
