@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalens.config import Config, load_config
+from megalens.data.files import Lock
 from megalens.device import resolve_dtype
 from megalens.engine import rank_and_size
 from megalens.engine.checkpoint import (
@@ -28,6 +35,8 @@ from megalens.trainer import TRAINER_VERSION, Progress
 
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
+_PATIENCE = 20.0  # seconds; a training that was told to stop, or lost its launcher, is still on its way out
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass
@@ -39,6 +48,44 @@ class Start:
     weights: dict[str, Tensor] | None = None
     optimizer: Path | None = None
     where: str = "fresh"
+
+
+@contextmanager
+def sole_training(config: Config) -> Iterator[None]:
+    """While entered, no other training writes the run's folder. Rank 0 sees to it, before the ranks join and wait for each other.
+
+    Raises:
+        CheckpointError: another one is at work there, and does not stop in a moment.
+    """
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = Lock(config.run_dir / ".training")
+    try:
+        _take(lock, config.run_dir)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"warning: the disk of {config.run_dir} has no locks; see to it that no other training writes there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _take(lock: Lock, folder: Path) -> None:
+    until = None
+    while not lock.acquire(wait=False):
+        other = lock.path.read_text(encoding="utf-8").strip() or "another process"
+        if until is None:
+            until = time.monotonic() + _PATIENCE
+            print(f"{folder}: {other} trains there; waiting up to {_PATIENCE:.0f} s for it to stop", file=sys.stderr)
+        elif time.monotonic() > until:
+            raise CheckpointError(f"{folder} is being trained by {other}; let it finish, stop it, or choose another run_name")
+        time.sleep(0.2)
+    os.truncate(lock.fileno(), 0)
+    os.pwrite(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def open_folder(config: Config, rank: int) -> RunFolder:

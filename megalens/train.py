@@ -36,12 +36,15 @@ def main(arguments: list[str]) -> int:
     from megalens.engine import join_ranks
     from megalens.engine.failure import told_once
     from megalens.preflight import check_ready
+    from megalens.resume import sole_training
     from megalens.sweep.trial import as_trial
 
     with told_once():
         config = as_trial(load_config(with_experiment(arguments)))
-        join_ranks(check_ready(config))
-        return train(config)
+        device = check_ready(config)
+        with sole_training(config):
+            join_ranks(device)
+            return train(config)
 
 
 def train(config) -> int:

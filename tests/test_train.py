@@ -18,7 +18,9 @@ from launched import ALL_TERMS, ROOT, TEN_STEPS, TORCHRUN, TRAIN, curve, free_po
 from safetensors.torch import load_file
 
 from megalens import cli
+from megalens.config import load_config
 from megalens.default_experiment import with_experiment
+from megalens.resume import sole_training
 from megalens.train import main
 
 
@@ -167,6 +169,20 @@ def test_starting_anew_removes_the_earlier_checkpoints_and_says_so(place, here):
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_second_training_of_the_same_run_is_refused_while_the_first_is_at_work(here, monkeypatch):
+    monkeypatch.setattr("megalens.resume._PATIENCE", 0.3)
+    arguments = ["config=conf/tiny.yaml", "run_name=twice", "max_train_steps=1s"]
+    with sole_training(load_config(arguments)):
+        line = here(*arguments)
+        assert f"outputs/twice is being trained by process {os.getpid()} on " in line
+        assert "choose another run_name" in line
+        with monkeypatch.context() as other_rank:
+            other_rank.setenv("RANK", "1")
+            with sole_training(load_config(arguments)):
+                pass
+    assert "finished: outputs/twice" in here(*arguments)
 
 
 def test_error_of_the_command_is_one_line_and_exit_code_1(place):
