@@ -75,6 +75,15 @@ def test_bayesian_search_beats_random_search():
     assert sum(bayes) < sum(random) / 2
 
 
+def test_bayesian_search_tries_no_point_twice_where_the_best_is_at_an_end_of_its_range(tmp_path):
+    search, tried = Search(sweep("bayes"), tmp_path, count=10), []
+    while claim := search.claim():
+        tried.append((claim.point["batch_size"], f"{claim.point['learning_rate']:.3g}"))
+        claim.end(TrialState.COMPLETE, -claim.point["learning_rate"])
+    assert "0.001" in [rate for _, rate in tried]
+    assert len(set(tried)) == 10
+
+
 def test_halving_spends_at_most_half_and_still_ends_near_the_best():
     share, best = spent(seed=0, trials=16, halving=Halving(3, 2))
     assert share <= 0.5

@@ -164,7 +164,7 @@ class Search:
             return optuna.samplers.RandomSampler(seed=seed)
         if self.sweep.halving is not None:  # learns from ended trials too
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP, multivariate=True, constant_liar=True)
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP)
+        return _NewPoints(seed=seed, n_startup_trials=_STARTUP)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         halving = self.sweep.halving
@@ -189,9 +189,27 @@ class Search:
         return Lock(self.folder / "claim.lock")
 
 
+class _NewPoints(optuna.samplers.GPSampler):
+    """A Gaussian process that tries no point twice: a training repeated is the same to the last digit.
+
+    Where the best is at an end of a range, it would ask for that end over and over; a random point is drawn instead.
+    """
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict:
+        point = super().sample_relative(study, trial, search_space)
+        return {} if any(_equal(point, other.params) for other in study.get_trials(deepcopy=False)) else point
+
+
 def point_of(trial: FrozenTrial) -> dict:
     """A trial's values of the searched keys."""
     return json.loads(trial.user_attrs["point"])
+
+
+def _equal(point: dict, other: dict) -> bool:
+    """Are two points the same, to one part in a thousand?"""
+    return point.keys() == other.keys() and all(
+        math.isclose(value, other[key], rel_tol=1e-3) if isinstance(value, float) else value == other[key] for key, value in point.items()
+    )
 
 
 def _numbers(numbers: Range) -> BaseDistribution:
