@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from megalens.sweep.file import COMMAND, Halving, Range, SweepFile
 from megalens.sweep.search import Search
 
-LOOKS = 24  # values of the metric in a whole training
+LOOKS = 40  # values of the metric in a whole training, as in sweeps/random_hyperband.yaml
 
 
 def objective(point: dict) -> float:
