@@ -59,7 +59,6 @@ early_terminate:
   type: hyperband
   min_iter: 3
   eta: 2
-metric: {name: train/loss}
 parameters:
   learning_rate:
     distribution: log_uniform_values
@@ -117,7 +116,6 @@ REFUSED = {
     "method: grid": "a sweep has method:, program:, metric: and parameters:",
     GRID.replace("grid", "grd") % "t_text: {values: [4]}": "method: grd must be one of: grid, random, bayes",
     GRID.replace("program: megalens/train.py, ", "") % "t_text: {values: [4]}": "program: is missing; tools/run_pipeline.py",
-    GRID.replace("grid", "bayes") % "t_text: {values: [4]}": "metric: is missing; e.g. metric: {name: val/loss",
     GRID % "learning_rat: {values: [1.0]}": "unknown key 'learning_rat' in the command line; did you mean 'learning_rate'?",
     GRID % "learning_rate: {values: ['']}": "learning_rate= is empty",
     GRID % "learning_rate: {values: [0.1, -1.0]}": "learning_rate=-1.0 must be greater than 0",

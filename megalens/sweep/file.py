@@ -19,6 +19,7 @@ from megalens.sweep import SweepError
 
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # what W&B runs when a file names no command
+METRIC = "train/loss"  # smallest, where a file names none
 _LOG = ("log_uniform", "log_uniform_values")
 _KNOWN = ("constant", "categorical", "uniform", "int_uniform", "q_uniform", *_LOG)
 
@@ -47,14 +48,14 @@ class SweepFile:
     """A sweep.
 
     ``fixed`` holds what all trials share, ``choices`` lists to choose from and ``ranges`` numbers to draw from, each by dotted key.
-    ``metric`` is None where the file names none, ``run_cap`` None where it sets no end.
+    ``run_cap`` is None where the file sets no end.
     """
 
     name: str
     program: str
     method: str
     command: tuple[str, ...]
-    metric: str | None
+    metric: str
     maximize: bool
     run_cap: int | None
     halving: Halving | None
@@ -109,7 +110,6 @@ def _parse(name: str, content: Any) -> SweepFile:
     _require(isinstance(metric, dict), "metric: has name: and goal:, e.g. metric: {name: val/loss, goal: minimize}")
     goal = metric.get("goal", "minimize")
     _require(goal in ("minimize", "maximize"), f"metric.goal: {goal} must be minimize or maximize")
-    _require(metric.get("name") or (method == "grid" and not stop), "metric: is missing; e.g. metric: {name: val/loss, goal: minimize}")
     fixed, choices, ranges = {}, {}, {}
     for key, parameter in _flat(content["parameters"]):
         found = _parameter(key, parameter)
@@ -119,7 +119,8 @@ def _parse(name: str, content: Any) -> SweepFile:
     cap = content.get("run_cap")
     _require(cap is None or (_is_whole(cap) and cap > 0), f"run_cap: {cap} must be a whole number greater than 0")
     command = tuple(str(part) for part in content.get("command") or COMMAND)
-    return SweepFile(name, program, method, command, metric.get("name"), goal == "maximize", cap, _halving(stop), fixed, choices, ranges)
+    metric = metric.get("name") or METRIC
+    return SweepFile(name, program, method, command, metric, goal == "maximize", cap, _halving(stop), fixed, choices, ranges)
 
 
 def _halving(stop: Any) -> Halving | None:

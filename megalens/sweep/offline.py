@@ -139,9 +139,7 @@ class Workers:
             state, value = self._train(claim, slot)
             claim.end(state, value)
             how = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed"}[state]
-            self.say(
-                f"trial {claim.number}: {how}" + (f", {self.sweep.metric} {value:.6g}" if value is not None and self.sweep.metric else "")
-            )
+            self.say(f"trial {claim.number}: {how}" + ("" if value is None else f", {self.sweep.metric} {value:.6g}"))
             if state == TrialState.FAIL:
                 self._give_up_after_failures(claim)
         finally:
@@ -187,9 +185,7 @@ class Workers:
         return duration_steps(until, clock) >= clock.last_step
 
     def value(self, claim: Claim) -> float | None:
-        """The last value of the sweep's metric that a trial has logged; 0 where the sweep names none."""
-        if self.sweep.metric is None:
-            return 0.0
+        """The last value of the sweep's metric that a trial has logged."""
         lines = read_curve(trial_config(self.sweep, claim.number, claim.point).run_dir / "metrics.jsonl")
         values = [line[self.sweep.metric] for line in lines if self.sweep.metric in line]
         return values[-1] if values and math.isfinite(values[-1]) else None

@@ -22,7 +22,7 @@ _STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", Tr
 
 def table(search: Search) -> str:
     """The trials as text, the best first."""
-    keys, metric = search.sweep.searched, search.sweep.metric or "metric"
+    keys, metric = search.sweep.searched, search.sweep.metric
     rows = [["trial", *keys, metric, "state"]]
     for trial in ranked(search):
         rows.append([str(trial.number), *(_short(point_of(trial)[key]) for key in keys), _short(_value(trial)), _STATES[trial.state]])
@@ -64,7 +64,7 @@ def write(search: Search, path: Path) -> None:
     if importance := search.importance():
         parts.append(f"<h2>What matters</h2><div class='card'>{bars(importance)}</div>")
         parts.append("<p class='soft'>Share of each parameter in what sets the better half of the trials apart (PED-ANOVA).</p>")
-    if sweep.metric and (drawing := curves(sweep, trials)):
+    if drawing := curves(sweep, trials):
         parts.append(f"<h2>{escape(sweep.metric)} over the training</h2><div class='card'>{drawing}</div>")
     parts.append(f"<h2>All trials</h2><div class='card'>{_html_table(sweep, trials)}</div>")
     with new_file(path) as file:
@@ -84,7 +84,7 @@ def parallel_coordinates(sweep: SweepFile, trials: list[FrozenTrial]) -> str:
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, places, strict=True))
         dash = ' stroke-dasharray="5 4"' if trial.state == TrialState.PRUNED else ""
         strength = 1 - 0.85 * rank / max(1, len(shown) - 1)
-        named = " · ".join(f"{k} {_short(v)}" for k, v in zip([*sweep.searched, sweep.metric or "metric"], values, strict=True))
+        named = " · ".join(f"{k} {_short(v)}" for k, v in zip([*sweep.searched, sweep.metric], values, strict=True))
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="{1 + 2 * strength:.1f}" '
             f'stroke-opacity="{strength:.2f}"{dash}><title>{escape(f"trial {trial.number}: {named}")}</title></polyline>'
@@ -157,11 +157,11 @@ def _axis(sweep: SweepFile, key: str):
 
 def _metric_axis(sweep: SweepFile, values: list[float]):
     low, high = min(values), max(values)
-    return sweep.metric or "metric", [low, high] if high > low else [low], lambda value: (value - low) / ((high - low) or 1)
+    return sweep.metric, [low, high] if high > low else [low], lambda value: (value - low) / ((high - low) or 1)
 
 
 def _html_table(sweep: SweepFile, trials: list[FrozenTrial]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *sweep.searched, sweep.metric or "metric", "state"])
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *sweep.searched, sweep.metric, "state"])
     rows = []
     for i, trial in enumerate(trials):
         state = _STATES[trial.state] + (f": {trial.user_attrs['error']}" if "error" in trial.user_attrs else "")
