@@ -46,5 +46,6 @@ def resolve_dtype(config: Config) -> str:
 
 def materialise(parameter: nn.Parameter, value: Tensor, device: torch.device) -> None:
     """Give a parameter on the meta device its values, on a device; whoever refers to it keeps the same object."""
-    real = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+    value = value.to(device, parameter.dtype, copy=True)  # it may be part of a mapped file
+    real = nn.Parameter(value, requires_grad=parameter.requires_grad)
     torch.utils.swap_tensors(parameter, real)

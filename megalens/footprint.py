@@ -36,7 +36,8 @@ class Footprint:
         frozen, trained: numbers (not bytes) of the parameters.
         sizes: numbers of each parameter.
         width: bytes of a number.
-        unit: numbers of the largest thing that is gathered at once when parameters are sharded: a block, or the vocabulary.
+        vocabulary, block: numbers of the vocabulary and of the largest block: what is gathered at once when parameters are sharded.
+        trained_block: numbers that are trained in the block that trains most.
         passed, gathers: numbers gathered in a step when every unit is gathered whenever it is used, and how often that is.
         bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
         flops_fixed, flops_per_sample: of a step.
@@ -48,7 +49,9 @@ class Footprint:
     trained: int
     sizes: tuple[int, ...]
     width: int
-    unit: int
+    vocabulary: int
+    block: int
+    trained_block: int
     passed: float
     gathers: float
     bytes_fixed: float
@@ -66,7 +69,7 @@ def footprint(config: Config) -> Footprint:
         ConfigError: no such model, or ``layer_l`` is not a block of it.
     """
     lens = meta_lens(config)
-    parameters = list(lens.parameters())
+    parameters, (*blocks, vocabulary) = list(lens.parameters()), _units(lens)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     peak, flops, passed, gathers = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
     model = lens.subject.lm.config
@@ -79,7 +82,9 @@ def footprint(config: Config) -> Footprint:
         trained=trained,
         sizes=tuple(p.numel() for p in parameters),
         width=width,
-        unit=max(_numel(unit) for unit in _units(lens)),
+        vocabulary=_numel(vocabulary),
+        block=max(map(_numel, blocks)),
+        trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
         passed=passed[0],
         gathers=gathers[0],
         bytes_fixed=peak[0],

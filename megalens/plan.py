@@ -28,7 +28,7 @@ GPUS = {
 }
 RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
 UTILISATION = 0.3  # of the maker's FLOPs, assumed; decoding token by token is far from the peak
-ENGINES = ("local", "z1", "z2", "z3", "z3_offload")  # the least traffic first
+ENGINES = ("local", "z1", "z2", "z3", "fsdp", "z3_offload")  # the least traffic first
 FILES = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -72,25 +72,31 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int) ->
     """What an engine needs with ``rows`` samples per GPU and micro-step."""
     everything, trained, width = step.frozen + step.trained, step.trained, step.width
     stage = {"local": 0, "z1": 1, "z2": 2}.get(engine, 3)
-    offload = engine == "z3_offload"
-    zero = _zero_options(engine)
-    spread = ranks if stage else 1
-    kept = sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5)) if stage == 3 else 0
-    weights = width * (everything / ranks if stage == 3 and not offload else 0 if offload else everything)
     state = {
-        "weights": weights + width * kept,
-        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / spread,
-        "moments": 8 * trained / spread,
+        "weights": width * everything,
+        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / (ranks if stage else 1),
+        "moments": 8 * trained / (ranks if stage else 1) if config.optimizer == "adamw" else 0.0,
         "gradients": 4 * trained / (ranks if stage >= 2 else 1),
     }
     host = 0.0
-    if offload:
-        host = width * everything / ranks + state["masters"] + state["moments"] + state["gradients"]
-        state |= {"masters": 0.0, "moments": 0.0, "gradients": 0.0}
-    bucket = width * zero("reduce_bucket_size", 5e8)
-    buffers = {0: 0.0, 1: 0.0, 2: 2 * min(bucket, width * trained), 3: bucket}[stage]
-    if stage == 3:
-        buffers += width * (step.unit + min(zero("stage3_prefetch_bucket_size", 5e7), everything))
+    if engine == "fsdp":  # what is trained is float32 in its shards, and rounded as it is gathered
+        state["weights"] = width * step.frozen / ranks
+        buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
+    else:
+        zero = _zero_options(engine)
+        bucket, prefetched = width * zero("reduce_bucket_size", 5e8), min(zero("stage3_prefetch_bucket_size", 5e7), everything)
+        buffers = {
+            0: 0.0,
+            1: 0.0,
+            2: 2 * min(bucket, width * trained),
+            3: bucket + width * (max(step.block, step.vocabulary) + prefetched),
+        }[stage]
+        if stage == 3:
+            state["weights"] = width * everything / ranks
+            state["gradients"] += 4 * min(trained / ranks, zero("sub_group_size", 1e9))  # what the optimizer steps on is a copy
+            if engine == "z3_offload":
+                host, state = sum(state.values()), dict.fromkeys(state, 0.0)
+            state["weights"] += width * sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5))
     memory = state | {
         "gather and reduce buffers": buffers,
         "keys and values": rows * step.kv_per_sample,

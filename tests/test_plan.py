@@ -109,6 +109,10 @@ def test_sharding_divides_what_it_shards(full):
     for name in ("masters", "moments", "gradients"):
         assert two[name] == one[name] / 2
     assert two["weights"] == one["weights"]
+    one, two = (need(config, step, "fsdp", ranks, 4).memory for ranks in (1, 2))
+    for name in ("weights", "masters", "moments", "gradients"):
+        assert two[name] == one[name] / 2
+    assert one["gather and reduce buffers"] == two["gather and reduce buffers"] > step.width * step.vocabulary
     offloaded = need(config, step, "z3_offload", 2, 4)
     assert offloaded.memory["moments"] == 0
     assert offloaded.host > 0

@@ -64,7 +64,7 @@ def report(config: Config, step: Footprint, choice: Choice, ranks: int, gpu, tok
         *([f"  host memory per GPU       {choice.host / GB:>10.2f} GB"] if choice.host else []),
         f"sent per GPU and optimizer step: at most {choice.wire / GB:.2f} GB",
     ]
-    if choice.engine.startswith("z3"):
+    if choice.engine in ("z3", "fsdp", "z3_offload"):
         lines.append(f"gathers per micro-step: {step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
     return [
         *lines,
@@ -90,7 +90,7 @@ def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
 
 
 def engine_setting(engine: str) -> str:
-    return "local (torchrun)" if engine == "local" else f"deepspeed=ds_configs/{engine}.json"
+    return {"local": "local (torchrun)", "fsdp": "engine=fsdp (torchrun)"}.get(engine, f"deepspeed=ds_configs/{engine}.json")
 
 
 def table() -> int:
