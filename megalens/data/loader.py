@@ -26,8 +26,9 @@ from megalens.data.shards import ShardReader
 
 Batch = dict[str, Tensor]
 Place = tuple[int, int]  # (epoch, row)
-_CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
+_CHUNK_BYTES, _CHUNK_BATCHES = 8 << 20, 64  # batches are read several at a time
 _AHEAD = 3
+_DECODERS = 2
 
 
 class ActivationLoader(IterableDataset):
@@ -181,7 +182,7 @@ class ActivationLoader(IterableDataset):
         while chunk := list(islice(places, size)):
             if number % stride == skip:
                 spans = [(epoch, row + self.rank * share, row + (self.rank + 1) * share) for epoch, row in chunk]
-                yield chunk, _finish(_join([part for span in spans for part in self._read(*span)]))
+                yield chunk, _finish(_join([part for span in _merged(spans) for part in self._read(*span)]))
             number += 1
 
     def _read(self, epoch: int, first: int, last: int) -> list[Batch]:
@@ -284,13 +285,14 @@ class _Windows:
         self._held, self._window = (-1, -1), {}
 
     def rows(self, epoch: int, first: int, last: int) -> list[Batch]:
-        """Rows ``first`` to ``last`` of an epoch's order, piece by piece."""
+        """Rows ``first`` to ``last`` of an epoch's order, piece by piece; copies, as the next window is written over this one."""
         parts = []
         for number, start, stop in self._order.pieces(epoch, first, last):
             if (epoch, number) != self._held:
-                self._held, self._window = (epoch, number), {}  # free the old window before the next one is read
-                self._window = self._read(epoch, number)
-            parts.append({name: value[start:stop] for name, value in self._window.items()})
+                self._held = (-1, -1)
+                self._read(epoch, number)
+                self._held = (epoch, number)
+            parts.append({name: value[start:stop].clone() for name, value in self._window.items()})
         return parts
 
     def emptied(self) -> _Windows:
@@ -299,15 +301,30 @@ class _Windows:
         copy.__dict__ = {**self.__dict__, "_held": (-1, -1), "_window": {}}
         return copy
 
-    def _read(self, epoch: int, number: int) -> Batch:
+    def _read(self, epoch: int, number: int) -> None:
         batches, places = self._order.window(epoch, number)
-        window: Batch = {}
-        for index, place in zip(batches, places, strict=True):
-            for name, value in self._reader.read_batch(index).items():
-                if name not in window:
-                    window[name] = value.new_empty(sum(map(len, places)), *value.shape[1:])
-                _bits(window[name])[place] = _bits(value)
-        return window
+
+        def fill(i: int) -> None:
+            for name, value in self._reader.read_batch(batches[i]).items():
+                _bits(self._window[name])[places[i]] = _bits(value)
+
+        if not self._window:
+            first = self._reader.read_batch(batches[0])
+            self._window = {name: value.new_empty(self._order.largest_window, *value.shape[1:]) for name, value in first.items()}
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for _ in pool.map(fill, np.argsort(batches)):  # as they lie in the shards
+                pass
+
+
+def _merged(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Spans (epoch, first, last) with those put together that follow one another."""
+    epoch, first, last = spans[0]
+    for span in spans[1:]:
+        if span[:2] != (epoch, last):
+            yield epoch, first, last
+            epoch, first = span[:2]
+        last = span[2]
+    yield epoch, first, last
 
 
 def _bits(values: Tensor) -> np.ndarray:
@@ -326,7 +343,7 @@ def _take(rows: Batch, index: np.ndarray) -> Batch:
 
 
 def _join(parts: list[Batch]) -> Batch:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _finish(rows: Batch) -> Batch:

@@ -25,10 +25,14 @@ class FolderOrder:
         window_batches: record batches of a window.
         seed: of both permutations.
         number: of the dump among those that are mixed; each has its own permutations.
+
+    Attributes:
+        largest_window: rows that a window may have at most.
     """
 
     def __init__(self, batch_rows: np.ndarray, window_batches: int, seed: int, number: int = 0):
         self._batch_rows, self._window_batches = batch_rows, window_batches
+        self.largest_window = int(np.sort(batch_rows)[-window_batches:].sum())
         self._seed = seed if number == 0 else int(hash64(seed, number)[0] >> np.uint64(1))
         self._epoch = -1
 
