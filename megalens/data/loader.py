@@ -278,9 +278,7 @@ class _Windows:
     """The windows of one dump, one of them in memory."""
 
     def __init__(self, reader: ShardReader, seed: int, number: int, window_bytes: int):
-        meta = reader.meta
-        row_bytes = meta["d"] * (4 if meta["encoding"] in ("fp32", "int8") else 2) + 4 * meta["seq_len"]
-        self.size = max(1, window_bytes // (row_bytes * meta["rows_per_batch"]))
+        self.size = max(1, window_bytes // window_bytes_of(reader.meta, 1))
         self._reader, self._order = reader, FolderOrder(reader.batch_rows, self.size, seed, number)
         self._held, self._window = (-1, -1), {}
 
@@ -314,6 +312,12 @@ class _Windows:
         with ThreadPoolExecutor(_DECODERS) as pool:
             for _ in pool.map(fill, np.argsort(batches)):  # as they lie in the shards
                 pass
+
+
+def window_bytes_of(meta: dict, batches: int) -> int:
+    """Memory that so many record batches of a dump take in a window, bytes."""
+    row_bytes = meta["d"] * (4 if meta["encoding"] in ("fp32", "int8") else 2) + 4 * meta["seq_len"]
+    return row_bytes * meta["rows_per_batch"] * batches
 
 
 def _merged(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
