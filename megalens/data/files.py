@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import socket
 from collections.abc import Iterator
@@ -126,6 +127,13 @@ class Folder:
     def open(self, name: str) -> pa.NativeFile:
         """A file for reading at any place."""
         return self._system.open_input_file(self.path(name))
+
+    def map(self, name: str) -> mmap.mmap | None:
+        """A file's memory map for reading, or None in a folder that is not local."""
+        if not isinstance(self._system, pa.fs.LocalFileSystem):
+            return None
+        with open(self.path(name), "rb") as file:
+            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""

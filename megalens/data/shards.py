@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import shutil
 import threading
 from collections import OrderedDict
@@ -305,7 +306,8 @@ def _encode(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Schema
 class ShardReader:
     """A finished folder; a shard's checksum is verified when it is first touched.
 
-    Shards are read by their record batches, not memory-mapped: pages of a map stay resident, so that memory would grow with the dump.
+    Local shards are memory-mapped, others are read. A record batch's pages are given back as soon as its rows are decoded: they would
+    stay resident, and memory would grow with the dump.
 
     Args:
         folder: the dump's folder: a path, or anything ``fsspec`` opens (``s3://...``; ``filecache::s3://...`` keeps a local copy).
@@ -336,7 +338,7 @@ class ShardReader:
 
     def _begin(self) -> None:
         self._files = Folder(self.folder)
-        self._open: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._open: OrderedDict[int, tuple[pa.ipc.RecordBatchFileReader, mmap.mmap | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -361,24 +363,28 @@ class ShardReader:
         """
         shard, batch = self._place[index]
         with self._lock:
-            record = self._shard(shard).get_batch(batch)
+            file, pages = self._shard(shard)
+            record = file.get_batch(batch)
         position_N = record["position"].to_numpy().astype(np.int64)
         ids_NC = np.zeros((len(record), self.meta["seq_len"]), np.int32)
         ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]] = record["input_ids"].flatten().to_numpy()
-        return {
+        rows = {
             "activation": decode_activation(record, self.meta["encoding"], self._scale_D),
             "input_ids": torch.from_numpy(ids_NC),
             "position": torch.from_numpy(position_N),
             "doc_id": torch.tensor(record["doc_id"].to_numpy()),
             "sample_id": torch.tensor(record["sample_id"].to_numpy()),
         }
+        if pages is not None:
+            pages.madvise(mmap.MADV_DONTNEED)
+        return rows
 
     def column(self, name: str) -> np.ndarray:
         """One number per row (``doc_id``, ``position``, ``sample_id``), all rows, nothing else decompressed."""
         parts = []
         for shard in range(len(self.meta["shards"])):
             with self._lock:
-                schema = self._shard(shard).schema
+                schema = self._shard(shard)[0].schema
                 options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
                 with self._files.open(self._file(shard)) as source:
                     parts.append(pa.ipc.open_file(source, options=options).read_all()[name].to_numpy())
@@ -407,7 +413,7 @@ class ShardReader:
     def _file(self, shard: int) -> str:
         return self.meta["shards"][shard]["file"]
 
-    def _shard(self, shard: int) -> pa.ipc.RecordBatchFileReader:
+    def _shard(self, shard: int) -> tuple[pa.ipc.RecordBatchFileReader, mmap.mmap | None]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -417,7 +423,9 @@ class ShardReader:
             self._verified.add(shard)
         while len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)
-        self._open[shard] = pa.ipc.open_file(self._files.open(self._file(shard)))
+        pages = self._files.map(self._file(shard))
+        file = self._files.open(self._file(shard)) if pages is None else pa.py_buffer(pages)
+        self._open[shard] = pa.ipc.open_file(file), pages
         return self._open[shard]
 
 
