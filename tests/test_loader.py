@@ -42,7 +42,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(dump, world, window)
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_resuming_anywhere_neither_drops_nor_repeats(dump, world):
     undisturbed = sample_ids(dump[0], 30)
-    for start in range(1, 25):
+    for start in range(1, 25, 1 if world < 3 else 5):
         assert sample_ids(dump[0], 5, start, world=world) == undisturbed[start : start + 5]
 
 

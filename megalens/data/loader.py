@@ -26,7 +26,7 @@ from megalens.data.shards import ShardReader
 
 Batch = dict[str, Tensor]
 Place = tuple[int, int]  # (epoch, row)
-_CHUNK_BYTES, _CHUNK_BATCHES = 8 << 20, 64  # batches are read several at a time
+_CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
 _AHEAD = 3
 _DECODERS = 2
 
