@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,30 +113,57 @@ class Tracker:
 
     def __init__(self, config: Config, run_id: str | None = None):
         self.run_id: str | None = run_id
-        self._run = None
+        self._config, self._run, self._is_lost = config, None, False
         if config.wandb.mode != "disabled":
             self._run = _start(config, run_id or os.environ.get("WANDB_RUN_ID"))
             self.run_id = self._run.id
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Figures at a micro-step."""
-        if self._run is not None:
-            self._run.log({**figures, "step": step})
+        with self._unless_lost():
+            if self._run is not None:
+                self._run.log({**figures, "step": step})
 
     def examples(self, step: int, examples: list[dict[str, Any]]) -> None:
         """A table of sample explanations."""
-        if self._run is not None and examples:
-            import wandb
+        with self._unless_lost():
+            if self._run is not None and examples:
+                import wandb
 
-            columns = list(examples[0])
-            self._run.log({"val/examples": wandb.Table(columns, [[row[c] for c in columns] for row in examples]), "step": step})
+                columns = list(examples[0])
+                self._run.log({"val/examples": wandb.Table(columns, [[row[c] for c in columns] for row in examples]), "step": step})
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the run; a sweep's trial that its Slurm job takes down with it is handed out again by W&B."""
+        preempted = sweep_id() and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM
+        with self._unless_lost():
+            self._finish(exit_code, preempted)
+        if self._is_lost and preempted:
+            self._run = _start(self._config, self.run_id)
+            self._finish(exit_code, preempted)
+
+    def _finish(self, exit_code: int, preempted: bool) -> None:
         if self._run is not None:
-            if sweep_id() and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM:
+            if preempted:
                 self._run.mark_preempting()
             self._run.finish(exit_code=exit_code)
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """The training goes on when W&B's service is gone, as when Slurm sends SIGTERM to every process of a job."""
+        if self._run is None:
+            yield
+            return
+        import wandb
+        from wandb.sdk.mailbox import MailboxClosedError
+
+        try:
+            yield
+        except (ConnectionError, MailboxClosedError):
+            print("warning: W&B's service has ended; figures go on in metrics.jsonl, and to W&B when the run is resumed", file=sys.stderr)
+            self._run, self._is_lost = None, True
+            with suppress(ConnectionError, MailboxClosedError):
+                wandb.teardown()
 
 
 def _start(config: Config, run_id: str | None):
@@ -153,6 +182,7 @@ def _start(config: Config, run_id: str | None):
             mode=config.wandb.mode,
             dir=str(config.run_dir),
             config=dataclasses.asdict(config),
+            reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
         )
     except wandb.errors.Error as error:

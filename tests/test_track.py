@@ -1,10 +1,14 @@
 """Curves, console and W&B."""
 
 import json
+import os
 import signal
+import subprocess
+import time
 
 import pytest
 from tiny_run import tiny_config
+from wandb_client import records
 
 from megalens.config import Wandb
 from megalens.track import Console, Curve, Tracker, TrackingError, read_curve
@@ -87,6 +91,24 @@ def test_a_trial_that_its_slurm_job_takes_down_asks_to_be_handed_out_again(tmp_p
         monkeypatch.setenv(name, value)
     Tracker(tiny_config(tmp_path, wandb=Wandb(mode="offline"))).close(128 + signal.SIGTERM)
     assert calls == ["trial7"] * marked
+
+
+def test_a_training_outlives_wandbs_service_and_still_asks_to_be_handed_out_again(tmp_path, monkeypatch, capsys):
+    """Slurm sends SIGTERM to every process of a job, W&B's own service too."""
+    for name, value in {"WANDB_RUN_ID": "trial8", "WANDB_SWEEP_ID": "s", "SLURM_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker(tiny_config(tmp_path, wandb=Wandb(mode="offline")))
+    (service,) = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout.split()
+    time.sleep(1.1)  # W&B names a run's folder by the second
+    os.kill(int(service), signal.SIGTERM)
+    until = time.monotonic() + 60
+    while "service has ended" not in capsys.readouterr().err:
+        tracker.log(3, {"train/loss": 0.25})
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    tracker.log(4, {"train/loss": 0.125})
+    tracker.close(128 + signal.SIGTERM)
+    assert any(record.HasField("preempting") for record in records(tmp_path, "trial8"))
 
 
 def test_configuration_is_logged_whole(tmp_path, monkeypatch):
