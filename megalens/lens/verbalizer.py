@@ -80,8 +80,9 @@ class Verbalizer(nn.Module):
         left, right = options.prompt.split("<act>")
         left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
-        vocabulary = lm.vocabulary.in_weight.float() * lm.embed_scale
-        slot = vocabulary.mean(0, keepdim=True).to(embeddings.dtype)
+        vocabulary = lm.vocabulary.in_weight.split(1024)  # never all of it in float32
+        middle_D = sum(rows.float().sum(0) for rows in vocabulary) / len(lm.vocabulary.in_weight)
+        slot = (middle_D * lm.embed_scale)[None].to(embeddings.dtype)
         self.slot, self.length = len(left_ids), len(left_ids) + 1 + len(right_ids)
         self.prompt = PromptEmbedding(torch.cat([embeddings[: self.slot], slot, embeddings[self.slot :]]))
         self.prompt.requires_grad_(options.trainable_prompt)
@@ -91,7 +92,7 @@ class Verbalizer(nn.Module):
         if options.inject == "block":
             offset_D, scale_D = mean_D, std_D
         else:
-            norm = vocabulary.norm(dim=-1).mean().to(mean_D.device)
+            norm = torch.cat([rows.float().norm(dim=-1) for rows in vocabulary]).mean().to(mean_D.device) * lm.embed_scale
             offset_D, scale_D = torch.zeros_like(mean_D), norm / len(mean_D) ** 0.5 * torch.ones_like(std_D)
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
         trained = range(self.enters, self.blocks)
