@@ -327,6 +327,17 @@ def test_equal_value_is_no_contradiction_and_fp16_may_be_off(tmp_path):
     assert ds_config.resolve(config, 2)["gradient_clipping"] == 0.5
 
 
+def test_nvme_is_refused_where_its_operations_can_not_be_built(tmp_path, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = ds_file(tmp_path, zero_optimization={"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}})
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    with pytest.raises(EngineError, match="offload_param to nvme needs DeepSpeed's async_io, .*; install libaio-dev"):
+        ds_config.resolve(config, 2)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    assert ds_config.resolve(config, 2)["zero_optimization"]["offload_param"]["device"] == "nvme"
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(EngineError, match=r"z9.json does not exist; there are: .*z3_offload.json"):
         ds_config.resolve(Config(deepspeed=str(ROOT / "ds_configs" / "z9.json")), 1)

@@ -23,6 +23,7 @@ def resolve(config, ranks: int) -> dict:
     """
     found = _read(config)
     _stage(config, found)
+    _check_nvme(config, found)
     for section, instead in (("scheduler", "lr_scheduler"), ("fp16", "dtype (bf16 or fp32)"), ("amp", "dtype (bf16 or fp32)")):
         if found.get(section, {}).get("enabled", section == "scheduler" and section in found):
             raise EngineError(f"{config.deepspeed}: take out the section {section}; the setting is {instead}")
@@ -83,6 +84,16 @@ def _stage(config, found: dict) -> int:
     if stage not in (0, 1, 2, 3):
         raise EngineError(f"{config.deepspeed}: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
     return stage
+
+
+def _check_nvme(config, found: dict) -> None:
+    for section in ("offload_param", "offload_optimizer"):
+        if found.get("zero_optimization", {}).get(section, {}).get("device") == "nvme":
+            from deepspeed.ops.op_builder import AsyncIOBuilder
+
+            if not AsyncIOBuilder().is_compatible(verbose=False):
+                mend = 'install libaio-dev and a C++ compiler, or write "device": "cpu"'
+                raise EngineError(f"{config.deepspeed}: {section} to nvme needs DeepSpeed's async_io, which can not be built here; {mend}")
 
 
 def _autos(values: dict, prefix: str = "") -> list[str]:
