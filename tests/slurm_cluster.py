@@ -73,7 +73,6 @@ class SlurmCluster:
             "SlurmdLogFile": folder / "slurmd-%n.log",
             "SlurmdTimeout": 5,
             "SlurmctldTimeout": 5,
-            "KillWait": 5,
             "ReturnToService": 2,
             "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0",
         }

@@ -133,7 +133,8 @@ def test_a_sweep_killed_half_way_and_taken_up_by_two_processes_repeats_nothing(t
         if len(ended(told)) == count // 2:
             break
     doomed.kill()
-    told += doomed.communicate()[1].splitlines()
+    told += doomed.stderr
+    doomed.communicate()
     killed = time.monotonic()
     logs = {number: Path(f"outputs/sweeps/{name}/trial-{number}.log") for number in range(count)}
     before = {number: logs[number].read_bytes() for number in ended(told)}

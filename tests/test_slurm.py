@@ -1,5 +1,6 @@
 """Jobs under a real Slurm of two nodes: trainings that are interrupted and end like one that is not, the pipeline, and sweeps."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import slurm_cluster
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from wandb_client import records
 from wandb_server import WandbServer
 
 from megalens.track import read_curve
@@ -151,34 +153,61 @@ def test_without_slurm_the_stages_run_in_line(place, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------ sweeps
 
-TRIAL = "import os, sys; open('got', 'a').write(f'{os.environ[\"SLURM_JOB_ID\"]} {\" \".join(sys.argv[1:])}\\n')"
 SWEEP = """
-program: trial.py
+program: megalens/train.py
 method: grid
-command: [python, "${program}", "${args_no_hyphens}"]
+metric: {name: train/loss, goal: minimize}
 parameters:
-  learning_rate: {values: [0.1, 0.01]}
-  t_text: {values: [2, 3]}
+  learning_rate: {values: [1.0e-2, 1.0e-3]}
+  tail_say_weight: {values: [0.0, 1.0]}
+  config: {value: conf/tiny.yaml}
+  wandb.mode: {value: offline}
+  max_train_steps: {value: 250s}
+  validation.interval: {value: 250s}
+  checkpoint.save_interval: {value: 250s}
 """
 
 
-def test_four_agents_do_a_grid_of_four_each_point_once(slurm, place):
-    (place / "trial.py").write_text(TRIAL)
+def test_four_agents_do_a_grid_of_four_each_point_once_and_one_that_is_preempted_goes_on(slurm, place, undisturbed):
     (place / "sweep.yaml").write_text(SWEEP)
     with WandbServer() as server:
         command = ["bash", "slurm/submit_sweep.sh", "sweep.yaml", "4", "--cpus-per-task=1"]
-        said = slurm.call(*command, cwd=place, **ENVIRONMENT, **server.environment).split()
+        said = slurm.call(*command, cwd=place, **ENVIRONMENT, **server.environment, WANDB_MODE="offline").split()
         jobs = [job for before, job in pairwise(said) if before == "job"]
         assert said[:2] == ["sweep", "tester/lenses/sweep0"]
+        wait_for_step(slurm, place, jobs[0], "tiny-sweep0run0", 10)
+        (preempted,) = (job for job in jobs if "sweep0run0" in environment_of(job))
+        slurm.call("scontrol", "requeue", preempted)
+        last = place / "outputs" / "tiny-sweep0run0" / "last" / "trainer.json"
+        slurm.wait(lambda: json.loads(last.read_text())["progress"]["step"] >= 10, "the checkpoint of the preempted trial", 90)
+        assert json.loads(last.read_text())["progress"]["step"] < 250
+        server.requeue("sweep0run0")  # as W&B does with a run that said so; this one says it to its file
         for job in jobs:
             state = slurm.wait_job(job)
             assert (state["JobState"], state["JobName"]) == ("COMPLETED", "wandb-sweep"), logs(place, job)
             assert Path(state["StdErr"]) == place / "logs" / f"sweep_{job}.err"
-            assert "Starting wandb agent" in (place / "logs" / f"sweep_{job}.err").read_text()
+        assert slurm.job(preempted)["Restarts"] == "1"
         assert server.unknown == []
-    lines = (place / "got").read_text().splitlines()
-    assert sorted(line.split()[0] for line in lines) == sorted(jobs)
-    assert {tuple(line.split()[1:]) for line in lines} == {(f"learning_rate={r}", f"t_text={t}") for r in (0.1, 0.01) for t in (2, 3)}
+    trials = server.sweeps["sweep0"].trials
+    assert {(t.args["learning_rate"], t.args["tail_say_weight"]) for t in trials} == {(r, w) for r in (1e-2, 1e-3) for w in (0.0, 1.0)}
+    assert len(trials) == 4
+    for trial in trials:
+        run = place / "outputs" / f"tiny-{trial.id}"
+        assert [line["step"] for line in read_curve(run / "metrics.jsonl") if "train/loss" in line] == list(range(1, 251))
+        assert json.loads((run / "last" / "trainer.json").read_text())["progress"]["wandb_run"] == trial.id
+        assert json.loads((run / "last" / "lens.json").read_text())["config"]["learning_rate"] == trial.args["learning_rate"]
+        assert any(record.HasField("preempting") for record in records(place, trial.id)) == (trial.id == "sweep0run0")
+
+
+def environment_of(job):
+    """The environments of a job's processes, as text."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            text = entry.read_text(errors="replace")
+            if f"SLURM_JOB_ID={job}\0" in text:
+                found.append(text)
+    return "".join(found)
 
 
 @pytest.mark.parametrize(
