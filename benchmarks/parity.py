@@ -2,9 +2,9 @@
 
     python benchmarks/parity.py [--optimizers sgd,adamw] [--modes frozen,lora,full] [--engines local,z3,fsdp] [--steps 20] [--json FILE]
 
-A tiny random Llama in fp32, every loss term on, on CPUs over gloo. Columns: the largest relative difference of a step's loss; the largest
-difference of a final weight tensor relative to its norm; that of a single weight relative to the largest of its tensor; collectives per
-optimizer step (FSDP's own are counted, DeepSpeed's are not). Exit code 1 when a loss differs by more than 1e-5 (1e-4 under AdamW) or a
+A tiny random Llama in fp32, every loss term on, on CPUs over gloo. In a cell: the largest relative difference of a step's loss; the largest
+difference of a final weight tensor relative to its norm; that of a single weight relative to the largest of its tensor. Collectives
+are counted per optimizer step (FSDP's own too, DeepSpeed's not). Exit code 1 when a loss differs by more than 1e-5 (1e-4 under AdamW) or a
 tensor by more than 1e-4. Single weights are only shown: AdamW makes of a gradient that is nothing but rounding a step as long as any other.
 """
 
@@ -201,12 +201,16 @@ def compare(folder: Path, ranks: int, mode: Mode, name: str, alone: dict) -> dic
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = ["| optimizer | mode | engine | ranks | loss | weights | single weight | collectives |", "|---|---|---|---|---|---|---|---|"]
+    """The rows as Markdown: a line for each engine on a number of ranks, a column for each optimizer and mode."""
+    modes = list(dict.fromkeys(f"{row['optimizer']} {row['mode']}" for row in rows))
+    found: dict[str, dict[str, dict]] = {}
     for row in rows:
-        calls = sum(row["collectives"].values())
-        figures = " | ".join(f"{row[name]:.1e}" for name in ("loss", "weights", "single"))
-        lines.append(f"| {row['optimizer']} | {row['mode']} | {row['engine']} | {row['ranks']} | {figures} | {calls} |")
+        found.setdefault(f"{row['engine']} | {row['ranks']}", {})[f"{row['optimizer']} {row['mode']}"] = row
+    lines = [f"| engine | ranks | {' | '.join(modes)} | collectives |", "|---" * (len(modes) + 3) + "|"]
+    for engine, by_mode in found.items():
+        cells = [" ".join(f"{by_mode[mode][name]:.0e}" for name in ("loss", "weights", "single")) for mode in modes]
+        calls = sorted({sum(row["collectives"].values()) for row in by_mode.values()})
+        lines.append(f"| {engine} | {' | '.join(cells)} | {'-'.join(map(str, [calls[0], *calls[1:][-1:]]))} |")
     return "\n".join(lines)
 
 
