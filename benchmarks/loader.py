@@ -1,6 +1,6 @@
 """How fast shuffled activations come out of the shards, beside other ways to keep them, and how much memory that takes.
 
-usage: python benchmarks/loader.py [--gb 1.0] [--batch 32] [--repeats 3] [--memory 1 10] [--model FOLDER]
+usage: python benchmarks/loader.py [--gb 1.0] [--batch 32] [--repeats 3] [--sides ours pt] [--memory 1 10] [--model FOLDER]
 
 Every side holds the same rows (bf16 activations of width 576, 64 token ids) and gives the same batches in the same two-level order, as
 float32 activations and int64 ids. `gb_per_second` counts the bf16 bytes of the activations handed out. Sides: `ours`; `memmap`, raw numpy
@@ -59,24 +59,36 @@ def make_dump(folder: Path, gigabytes: float) -> None:
     writer.finish()
 
 
-def convert(dump: Path, folder: Path) -> None:
+def convert(dump: Path, folder: Path, sides: list[str]) -> None:
     """The same rows in the other sides' files."""
     reader = ShardReader(dump)
-    bits = np.lib.format.open_memmap(folder / "bits.npy", "w+", np.int16, (len(reader), D))
-    ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", np.int32, (len(reader), SEQ_LEN))
-    schema = pa.schema({"bits": pa.list_(pa.int16(), D), "ids": pa.list_(pa.int32(), SEQ_LEN)})
-    per_shard = ROWS_PER_SHARD // ROWS_PER_BATCH
-    with pq.ParquetWriter(folder / "rows.parquet", schema, compression="zstd", use_dictionary=False) as parquet:
-        for shard in range(len(reader.batch_rows) // per_shard):
-            parts = [reader.read_batch(shard * per_shard + i) for i in range(per_shard)]
-            rows = {name: torch.cat([part[name] for part in parts]) for name in ("activation", "input_ids")}
-            torch.save(rows, folder / f"{shard:05d}.pt")
+    if "memmap" in sides:
+        bits = np.lib.format.open_memmap(folder / "bits.npy", "w+", np.int16, (len(reader), D))
+        ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", np.int32, (len(reader), SEQ_LEN))
+        for shard, rows in enumerate(shards_of(reader)):
             place = slice(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
             bits[place], ids[place] = rows["activation"].view(torch.int16).numpy(), rows["input_ids"].numpy()
-            columns = [pa.FixedSizeListArray.from_arrays(pa.array(v[place].reshape(-1)), len(v[0])) for v in (bits, ids)]
-            parquet.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROWS_PER_BATCH)
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "cache")).save_to_disk(str(folder / "datasets"))
+    if "pt" in sides:
+        for shard, rows in enumerate(shards_of(reader)):
+            torch.save(rows, folder / f"{shard:05d}.pt")
+    if "parquet" in sides or "datasets" in sides:
+        schema = pa.schema({"bits": pa.list_(pa.int16(), D), "ids": pa.list_(pa.int32(), SEQ_LEN)})
+        with pq.ParquetWriter(folder / "rows.parquet", schema, compression="zstd", use_dictionary=False) as parquet:
+            for rows in shards_of(reader):
+                values = (rows["activation"].view(torch.int16).numpy(), rows["input_ids"].numpy())
+                columns = [pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), len(v[0])) for v in values]
+                parquet.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROWS_PER_BATCH)
+    if "datasets" in sides:
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "cache")).save_to_disk(str(folder / "datasets"))
+
+
+def shards_of(reader: ShardReader):
+    """The rows of each shard."""
+    per_shard = ROWS_PER_SHARD // ROWS_PER_BATCH
+    for shard in range(len(reader.batch_rows) // per_shard):
+        parts = [reader.read_batch(shard * per_shard + i) for i in range(per_shard)]
+        yield {name: torch.cat([part[name] for part in parts]) for name in ("activation", "input_ids")}
 
 
 class Side(Dataset):
@@ -156,7 +168,7 @@ def numpy_of(values: torch.Tensor) -> np.ndarray:
 
 
 def one_epoch(side: str, dump: Path, folder: Path, batch: int, workers: int, seconds: float) -> tuple[float, float]:
-    """Seconds per batch, and a checksum of the rows, over an epoch or as many batches as ``seconds`` allow."""
+    """Seconds per batch, and a checksum of the first rows, over an epoch or as many batches as ``seconds`` allow."""
     started, total, count = time.perf_counter(), 0.0, 0
     if side == "ours":
         loader = ActivationLoader(dump, batch, 0, window_bytes=WINDOW, workers=workers)
@@ -166,8 +178,8 @@ def one_epoch(side: str, dump: Path, folder: Path, batch: int, workers: int, sec
         steps, batches = len(source), iter(DataLoader(source, batch_size=None, num_workers=workers))
     for rows in batches:
         count += 1
-        total += float(rows["activation"][0, :8].sum()) if count <= 100 else 0.0
-        if count == steps or time.perf_counter() - started > seconds:
+        total += float(rows["activation"][0, :8].sum()) if count <= 5 else 0.0
+        if count == steps or (count >= 5 and time.perf_counter() - started > seconds):
             break
     elapsed = time.perf_counter() - started
     del batches
@@ -205,6 +217,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0, help="size of the dump that is timed; 0: no timing")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours is always one of them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="a side that is slower is stopped and taken for the part it did")
     parser.add_argument("--memory", type=float, nargs="*", default=[], help="sizes in GB of dumps whose reading's memory is measured")
@@ -215,6 +228,7 @@ def main() -> None:
     if options.peak_of:
         print(json.dumps({"peak_mb": peak_megabytes(Path(options.peak_of))}))
         return
+    options.sides = ["ours", *(side for side in options.sides if side != "ours")]
     about = {"claim": "shuffled reads", "batch": options.batch, "d": D, "threads": torch.get_num_threads(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         if options.gb:
@@ -233,20 +247,20 @@ def timings(options: argparse.Namespace, place: Path):
     dump, other = place / "dump", place / "other"
     other.mkdir()
     make_dump(dump, options.gb)
-    convert(dump, other)
+    convert(dump, other, options.sides)
     unit = unit_seconds(options.model, options.batch) if options.model else None
     for workers in options.workers:
-        taken = {side: [] for side in SIDES}
+        taken = {side: [] for side in options.sides}
         for turn in range(options.repeats):
             sums = {}
-            for side in SIDES:
+            for side in options.sides:
                 seconds, sums[side] = one_epoch(side, dump, other, options.batch, workers, options.seconds)
                 taken[side].append(seconds)
             print(f"workers {workers}: turn {turn + 1} of {options.repeats}", file=sys.stderr)
             if len({round(value, 3) for value in sums.values()}) != 1:
                 sys.exit(f"error: the sides gave different rows: {sums}")
         ours = statistics.median(taken["ours"])
-        for side in SIDES:
+        for side in options.sides:
             seconds = statistics.median(taken[side])
             line = {"side": side, "workers": workers, "gb_per_second": round(options.batch * D * 2 / seconds / 1e9, 3)}
             line["ratio"] = round(statistics.median(a / b for a, b in zip(taken["ours"], taken[side], strict=True)), 3)
