@@ -5,7 +5,7 @@
 A tiny random Llama in fp32, every loss term on, on CPUs over gloo. In a cell: the largest relative difference of a step's loss; the largest
 difference of a final weight tensor relative to its norm; that of a single weight relative to the largest of its tensor. Collectives
 are counted per optimizer step (FSDP's own too, DeepSpeed's not). Exit code 1 when a loss differs by more than 1e-5 (1e-4 under AdamW) or a
-tensor by more than 1e-4. Single weights are only shown: AdamW makes of a gradient that is nothing but rounding a step as long as any other.
+tensor by more than 1e-4. Single weights are only shown.
 """
 
 from __future__ import annotations
