@@ -18,7 +18,7 @@ def run(main: Callable[[list[str]], int | None], doc: str) -> None:
         doc: the command's docstring, printed for ``--help`` and ``-h``.
 
     An error of ours (a ``ValueError`` or ``OSError`` class defined in megalens) and a full or forbidden disk become one line on
-    stderr and exit code 1; anything else is a bug and keeps its traceback.
+    stderr and exit code 1, and so does a package that is not installed; anything else is a bug and keeps its traceback.
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
@@ -34,6 +34,12 @@ def run(main: Callable[[list[str]], int | None], doc: str) -> None:
         if not _is_expected(error):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "megalens":
+            raise
+        mend = "activate the environment that `make` sets up: . .venv/bin/activate"
+        print(f"error: {error.name} is not installed for {sys.executable}; {mend}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -55,3 +55,11 @@ def test_exit_codes(monkeypatch, capsys):
     assert call(monkeypatch, lambda _: 3) == 3
     assert call(monkeypatch, failing(KeyboardInterrupt())) == 130
     assert call(monkeypatch, lambda arguments: len(arguments), "a", "b") == 2
+
+
+def test_a_missing_package_is_named_with_the_mend_and_a_missing_module_of_ours_is_a_bug(monkeypatch, capsys):
+    assert call(monkeypatch, failing(ModuleNotFoundError("No module named 'torch'", name="torch"))) == 1
+    assert capsys.readouterr().err.startswith("error: torch is not installed for ")
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    with pytest.raises(ModuleNotFoundError):
+        run(failing(ModuleNotFoundError("No module named 'megalens.x'", name="megalens.x")), "")
