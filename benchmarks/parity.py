@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 MODES = ("frozen", "lora", "full")
 RUNS = {  # number of ranks: engines
     1: ["local"],
-    2: ["local", "z0", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_gathered", "fsdp_offload"],
+    2: ["local", "z0", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_gathered", "fsdp_offload", "fsdp_tensor"],
     3: ["local", "z3", "fsdp"],
-    4: ["fsdp_hybrid"],
+    4: ["fsdp_hybrid", "fsdp_tensor"],
 }
 BATCH, CONTEXT, VOCABULARY = 24, 16, 500
 LOSS, WEIGHTS = {"sgd": 1e-5, "adamw": 1e-4}, 1e-4  # largest relative differences
@@ -117,7 +117,7 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     """One training; rank 0 writes its losses and final weights."""
     import torch
 
-    from megalens.engine import build_engine, rank_and_size, shards_weights
+    from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.engine.files import save_json, save_tensors
     from megalens.lens.lens import Step, build_lens
 
@@ -128,7 +128,7 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     engine = build_engine(config, lens, lens.parameter_groups())
     losses = []
     for update in range(steps):
-        batches = [share(make_batch(draw), rank, ranks) for _ in range(2)]
+        batches = [share(make_batch(draw), *data_share(config)) for _ in range(2)]
         losses.append(engine.train_step(batches, Step(update, tau=1.0, alpha=0.5), 1.0)["loss"])
     weights = engine.full_state(lens.lens_state_names())
     calls = {kind: count // steps for kind, count in engine.traffic.calls.items()}
@@ -149,6 +149,7 @@ def configure(folder: Path, mode: Mode, name: str):
         "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
         "fsdp_offload": {"fsdp": {"offload": True}},
         "fsdp_gathered": {"fsdp": {"gather_gb": 1.0}},
+        "fsdp_tensor": {"fsdp": {"tensor_ranks": 2}},
     }
     loss = {"kl_base_weight": 0.5, "lm_base_weight": 0.5, "tail_say_weight": 1.0, "tail_read_weight": 1.0, "entropy_weight": 0.01}
     settings = {"model_name": str(folder / "model"), "layer_l": 1, "t_text": 3, "device": "cpu", "dtype": "fp32"}

@@ -191,6 +191,9 @@ class Fsdp:
     shard_ranks: int | None = setting(
         None, "ranks that share one copy of the model, e.g. those of a node (hybrid sharding: whole copies between nodes); null: all ranks"
     )
+    tensor_ranks: int = setting(
+        1, "ranks, of those, that slice the matrices of every block among them and work on the same samples (tensor parallelism; in a node)"
+    )
     offload: bool = setting(False, "keep parameters, gradients and optimizer state on the CPU")
     gather_gb: float = setting(0.0, "GPU memory for blocks that stay gathered through a micro-step, not anew for every decoded token")
 
@@ -556,6 +559,9 @@ def validate(config: Config) -> None:
     ]
     for key in positive:
         _require(_get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0")
+    _require(config.fsdp.tensor_ranks > 0, f"fsdp.tensor_ranks={config.fsdp.tensor_ranks} must be greater than 0")
+    _require(config.fsdp.tensor_ranks == 1 or config.engine == "fsdp", "fsdp.tensor_ranks needs engine=fsdp")
+    _require(config.fsdp.tensor_ranks == 1 or not config.compile, "fsdp.tensor_ranks can not be compiled; set compile=false")
     for key in ["dataset.max_documents", "pretokenize.num_proc", "verbalizer.checkpoint_every_n_tokens", "fsdp.shard_ranks"]:
         _require(_get(config, key) is None or _get(config, key) > 0, f"{key}={_get(config, key)} must be greater than 0, or null")
     for key in not_negative:

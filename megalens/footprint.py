@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalens.config import Config
+from megalens.config import Config, ConfigError
 from megalens.device import resolve_dtype
 from megalens.lens.causal_lm import CausalLM
 from megalens.lens.lens import ConsistencyLens, Step
@@ -39,6 +40,7 @@ class Footprint:
         vocabulary, block: numbers of the vocabulary and of the largest block: what is gathered at once when parameters are sharded.
         trained_block: numbers that are trained in the block that trains most.
         passed, gathers: numbers gathered in a step when every unit is gathered whenever it is used, and how often that is.
+        summed_fixed, summed_per_sample: numbers of hidden states that ranks which slice the blocks sum in a step, else 0.
         bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
         flops_fixed, flops_per_sample: of a step.
         kv_per_sample: bytes of the decode's keys and values, contained in ``bytes_per_sample``.
@@ -54,6 +56,8 @@ class Footprint:
     trained_block: int
     passed: float
     gathers: float
+    summed_fixed: float
+    summed_per_sample: float
     bytes_fixed: float
     bytes_per_sample: float
     flops_fixed: float
@@ -65,13 +69,15 @@ class Footprint:
 def footprint(config: Config) -> Footprint:
     """Measure a configuration's lens and step. The model's ``config.json`` must be there, its weights need not.
 
+    With ``fsdp.tensor_ranks`` it is what one rank of a node has of them: its slices of the blocks, and the whole vocabulary.
+
     Raises:
-        ConfigError: no such model, or ``layer_l`` is not a block of it.
+        ConfigError: no such model, ``layer_l`` is not a block of it, or its blocks can not be sliced so.
     """
     lens = meta_lens(config)
     parameters, (*blocks, vocabulary) = list(lens.parameters()), _units(lens)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    peak, flops, passed, gathers = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
+    peak, flops, passed, gathers, summed = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
     model = lens.subject.lm.config
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -87,6 +93,8 @@ def footprint(config: Config) -> Footprint:
         trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
         passed=passed[0],
         gathers=gathers[0],
+        summed_fixed=summed[0],
+        summed_per_sample=summed[1],
         bytes_fixed=peak[0],
         bytes_per_sample=peak[1],
         flops_fixed=flops[0],
@@ -97,7 +105,7 @@ def footprint(config: Config) -> Footprint:
 
 
 def _step(config: Config, lower: int, upper: int) -> list[tuple[float, float]]:
-    """(fixed, per sample) of peak bytes, FLOPs, numbers passed and gathers of a step with so many blocks up to ``layer_l`` and above."""
+    """(fixed, per sample) of what :func:`_measure` finds in a step with so many blocks up to ``layer_l`` and above."""
     at = {depth: _measure(config, *depth) for depth in [_SMALL, (_SMALL[0] + 1, _SMALL[1]), (_SMALL[0], _SMALL[1] + 1)]}
     base, *more = at.values()
     result = []
@@ -116,17 +124,17 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, numbers passed and gathers of a step of a model of this depth, for each of ``_SAMPLES``."""
+    """Peak bytes, FLOPs, numbers passed, gathers and numbers summed of a step of a model of this depth, for each of ``_SAMPLES``."""
     lens, found = meta_lens(config, (lower, upper)), []
     for samples in _SAMPLES:
         batch = meta_batch(config, lens, samples)
         with (
-            _counted_gathers(_units(lens)) as passes,
+            _counted_uses(_units(lens)) as uses,
             LiveBytes(lens) as live,
             FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops,
         ):
             take_step(lens, batch)
-        found.append((live.peak, flops.get_total_flops(), sum(passes), len(passes)))
+        found.append((live.peak, flops.get_total_flops(), sum(use[0] for use in uses), len(uses), _summed(config, lens, uses)))
     return found
 
 
@@ -141,12 +149,25 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
         settings.num_hidden_layers = sum(depth)
         if getattr(settings, "layer_types", None):
             settings.layer_types = (settings.layer_types * sum(depth))[: sum(depth)]
+    _slice(settings, config.fsdp.tensor_ranks)
     attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
     with torch.device("meta"):
         dtype = getattr(torch, resolve_dtype(config))
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
         subject = Subject(CausalLM(model), config.layer_l, "none")
         return ConsistencyLens(config, subject, _Words(), torch.zeros(subject.d), torch.ones(subject.d))
+
+
+def _slice(settings, ranks: int) -> None:
+    """Give a model's settings the shapes that each of so many ranks has of it."""
+    if ranks == 1:
+        return
+    counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    if any((getattr(settings, name, None) or 1) % ranks for name in counts):
+        raise ConfigError(f"{ranks} ranks can not share the heads and hidden units of a model of type '{settings.model_type}' evenly")
+    settings.head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    for name in counts:
+        setattr(settings, name, getattr(settings, name) // ranks)
 
 
 def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> dict[str, torch.Tensor]:
@@ -219,20 +240,32 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def _counted_gathers(units: list[nn.Module]) -> Iterator[list[int]]:
-    """The sizes of units as they are used; one whose result needs a gradient is used again by the backward."""
-    passes: list[int] = []
+def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]]]:
+    """The uses of units: their size, that of their result, and is this the backward of one whose result needs a gradient?"""
+    uses: list[tuple[int, int, bool]] = []
 
     def used(unit, _, result) -> None:
-        again = any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves(result))
-        passes.extend([_numel(unit)] * (2 if again else 1))
+        results = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        size = _numel(unit), sum(value.numel() for value in results)
+        uses.append((*size, False))
+        if any(value.requires_grad for value in results):
+            uses.append((*size, True))
 
     hooks = [unit.register_forward_hook(used) for unit in units]
     try:
-        yield passes
+        yield uses
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bool]]) -> int:
+    """A sliced block sums behind its rowwise layers in forward, and before its colwise ones in backward."""
+    if config.fsdp.tensor_ranks == 1:
+        return 0
+    kinds = Counter(lens.subject.lm.slicing(1).values())
+    vocabulary = _numel(lens.subject.lm.vocabulary)
+    return sum(result * kinds["colwise" if back else "rowwise"] for size, result, back in uses if size != vocabulary)
 
 
 def _units(lens: ConsistencyLens) -> list[nn.Module]:

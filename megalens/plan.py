@@ -28,19 +28,34 @@ GPUS = {
 }
 RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
 UTILISATION = 0.3  # of the maker's FLOPs, assumed; decoding token by token is far from the peak
-ENGINES = ("local", "z1", "z2", "z3", "fsdp", "z3_offload")  # the least traffic first
+ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the least traffic between nodes first
 FILES = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine with a share of the micro-batch per GPU; ``memory`` is bytes per GPU by component, ``host`` bytes per GPU of CPU memory."""
+    """An engine with a micro-batch.
+
+    Attributes:
+        engine: one of ``ENGINES``; ``tensor`` is FSDP2 with every node's ranks slicing a copy of the model, ``fsdp_tensor`` with all nodes
+            sharding the slices of one copy.
+        step: the footprint on each GPU.
+        shares: how many shares there are of a batch: GPUs, or nodes where the GPUs of one work on the same samples.
+        rows: samples of a share in a micro-step.
+        memory: bytes per GPU by component.
+        host: bytes per GPU of CPU memory.
+        wire: bytes that each GPU sends in an optimizer step; when nothing gathered is used twice (the most there can be).
+        inside: bytes of that that never leave the node.
+    """
 
     engine: str
+    step: Footprint
+    shares: int
     rows: int
     memory: dict[str, float]
     host: float
     wire: float
+    inside: float
 
     @property
     def total(self) -> float:
@@ -48,8 +63,12 @@ class Choice:
         return sum(self.memory.values())
 
 
-def choose(config: Config, step: Footprint, ranks: int, gpu: GPU) -> tuple[Choice | None, list[Choice]]:
+def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU) -> tuple[Choice | None, list[Choice]]:
     """The first engine that fits with the configuration's own batch, else with more accumulation; and all that were tried.
+
+    Args:
+        steps: footprints by ``fsdp.tensor_ranks``: of 1, and of those of a node where its GPUs can slice the model.
+        ranks: GPUs.
 
     Raises:
         ConfigError: the batch can not be shared by so many GPUs.
@@ -57,9 +76,13 @@ def choose(config: Config, step: Footprint, ranks: int, gpu: GPU) -> tuple[Choic
     least = 2 if config.kl_base_weight else 1
     if config.batch_size % ranks or config.batch_size // ranks < least:
         raise ConfigError(f"batch_size={config.batch_size} can not be shared by {ranks} GPUs; make it a multiple of {least * ranks}")
-    share = config.batch_size // ranks
-    smaller = [rows for rows in range(share, least - 1, -1) if share % rows == 0 and rows % least == 0]
-    tried = [need(config, step, engine, ranks, rows) for rows in smaller for engine in ENGINES]
+    tried = []
+    for accumulated in range(1, config.batch_size + 1):
+        for engine in ENGINES:
+            together = max(steps) if "tensor" in engine else 1
+            rows, over = divmod(config.batch_size * together, ranks * accumulated)
+            if not over and rows >= least and rows % least == 0 and ("tensor" not in engine or together > 1):
+                tried.append(need(config, steps[together], engine, ranks, rows, together))
     return next((choice for choice in tried if choice.total <= limit(gpu)), None), tried
 
 
@@ -68,19 +91,28 @@ def limit(gpu: GPU) -> float:
     return USABLE * gpu.memory - RESERVED
 
 
-def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int) -> Choice:
-    """What an engine needs with ``rows`` samples per GPU and micro-step."""
+def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int, together: int = 1) -> Choice:
+    """What an engine needs.
+
+    Args:
+        step: the footprint on each GPU.
+        ranks: GPUs.
+        rows: samples of a share in a micro-step.
+        together: GPUs that work on the same samples.
+    """
+    shares = ranks // together
+    shards = 1 if engine == "tensor" else shares
     everything, trained, width = step.frozen + step.trained, step.trained, step.width
     stage = {"local": 0, "z1": 1, "z2": 2}.get(engine, 3)
     state = {
         "weights": width * everything,
-        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / (ranks if stage else 1),
-        "moments": 8 * trained / (ranks if stage else 1) if config.optimizer == "adamw" else 0.0,
-        "gradients": 4 * trained / (ranks if stage >= 2 else 1),
+        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / (shards if stage else 1),
+        "moments": 8 * trained / (shards if stage else 1) if config.optimizer == "adamw" else 0.0,
+        "gradients": 4 * trained / (shards if stage >= 2 else 1),
     }
     host = 0.0
-    if engine == "fsdp":  # what is trained is float32 in its shards, and rounded as it is gathered
-        state["weights"] = width * step.frozen / ranks
+    if engine in ("fsdp", "tensor", "fsdp_tensor"):  # what is trained is float32 in its shards, and rounded as it is gathered
+        state["weights"] = width * step.frozen / shards
         buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
     else:
         zero = _zero_options(engine)
@@ -92,8 +124,8 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int) ->
             3: bucket + width * (max(step.block, step.vocabulary) + prefetched),
         }[stage]
         if stage == 3:
-            state["weights"] = width * everything / ranks
-            state["gradients"] += 4 * min(trained / ranks, zero("sub_group_size", 1e9))  # what the optimizer steps on is a copy
+            state["weights"] = width * everything / shards
+            state["gradients"] += 4 * min(trained / shards, zero("sub_group_size", 1e9))  # what the optimizer steps on is a copy
             if engine == "z3_offload":
                 host, state = sum(state.values()), dict.fromkeys(state, 0.0)
             state["weights"] += width * sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5))
@@ -103,12 +135,15 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int) ->
         "other activations": step.bytes_fixed + rows * (step.bytes_per_sample - step.kv_per_sample),
         "vocabulary tiles": rows * step.tiles_per_sample,
     }
-    return Choice(engine, rows, memory, host, _wire(config, step, stage, ranks, rows))
+    micro_steps = accumulation(config, shares, rows)
+    summed = micro_steps * (step.summed_fixed + rows * step.summed_per_sample)
+    inside = 2 * width * summed * (together - 1) / together
+    wire = inside + _wire(step, 0 if engine == "tensor" else stage, shares, micro_steps)
+    return Choice(engine, step, shares, rows, memory, host, wire, inside)
 
 
-def _wire(config: Config, step: Footprint, stage: int, ranks: int, rows: int) -> float:
-    """Bytes each GPU sends in an optimizer step; at stage 3 when nothing gathered is used twice (the most there can be)."""
-    micro_steps = accumulation(config, ranks, rows)
+def _wire(step: Footprint, stage: int, ranks: int, micro_steps: int) -> float:
+    """Bytes each of so many GPUs with equal slices sends in an optimizer step."""
     gradients, back = 4 * step.trained, step.width * step.trained
     sent = {
         0: 2 * gradients,
@@ -119,14 +154,15 @@ def _wire(config: Config, step: Footprint, stage: int, ranks: int, rows: int) ->
     return sent * (ranks - 1) / ranks
 
 
-def accumulation(config: Config, ranks: int, rows: int) -> int:
-    """Micro-steps per optimizer step when each GPU takes ``rows`` samples at a time, for the same samples per optimizer step."""
-    return config.gradient_accumulation_steps * config.batch_size // (ranks * rows)
+def accumulation(config: Config, shares: int, rows: int) -> int:
+    """Micro-steps per optimizer step when each share takes ``rows`` samples at a time, for the same samples per optimizer step."""
+    return config.gradient_accumulation_steps * config.batch_size // (shares * rows)
 
 
-def flops(config: Config, step: Footprint, ranks: int, rows: int) -> float:
-    """FLOPs of an optimizer step on all GPUs."""
-    return ranks * accumulation(config, ranks, rows) * (step.flops_fixed + rows * step.flops_per_sample)
+def flops(config: Config, choice: Choice) -> float:
+    """FLOPs of an optimizer step on each GPU."""
+    step = choice.step
+    return accumulation(config, choice.shares, choice.rows) * (step.flops_fixed + choice.rows * step.flops_per_sample)
 
 
 def samples_of(config: Config, tokens: float) -> float:
@@ -143,5 +179,6 @@ def dump_bytes(config: Config, samples: float, d: int, vocabulary: int) -> float
 
 def _zero_options(engine: str):
     """Looks up a number in the engine's DeepSpeed file; its default where the file leaves it open."""
-    found = {} if engine == "local" else json.loads((FILES / f"{engine}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    path = FILES / f"{engine}.json"
+    found = {} if engine == "local" else json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     return lambda key, default: found.get(key, default)

@@ -51,7 +51,7 @@ def train(config) -> int:
     """Build everything, train, close."""
     from megalens.data.loader import ActivationLoader
     from megalens.data.source import training_loader
-    from megalens.engine import build_engine, rank_and_size, shards_weights
+    from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.evaluate.metrics import Reference
     from megalens.lens.lens import build_lens
     from megalens.lens.subject import subject_fingerprint
@@ -61,7 +61,7 @@ def train(config) -> int:
 
     rank, world_size = rank_and_size()
     folder = open_folder(config, rank)
-    loader = training_loader(config, rank, world_size)
+    loader = training_loader(config, *data_share(config))
     held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
     clock = clock_of(config, loader.steps_per_epoch)
     same = identity(config, subject_fingerprint(config), loader.identity)

@@ -199,7 +199,7 @@ class Trainer:
 
     def _step(self, batches: list[dict]) -> None:
         step = self.progress.step
-        torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.rank) % 2**63)  # dropout, the same after a resume
+        torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.data_rank) % 2**63)  # dropout, the same after a resume
         metrics = self.engine.train_step(batches, self._at(step), lr_factor(self.config.lr_scheduler, step, self.clock))
         self.progress.step += self.clock.steps_per_update
         if metrics.pop("skipped"):

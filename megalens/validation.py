@@ -32,10 +32,10 @@ class Validator:
     def __init__(self, engine: Engine, lens, loader, reference: Reference):
         self.engine, self.lens, self.loader, self.reference = engine, lens, loader, reference
         self.config = engine.config
-        unit = 2 * engine.world_size  # pairs: a row's partner gives the loss its resampled error
+        unit = 2 * engine.data_ranks  # pairs: a row's partner gives the loss its resampled error
         count = max(unit, min(self.config.validation.num_samples, loader.num_rows) // unit * unit)
-        share = count // engine.world_size
-        self._rows = np.arange(count)[engine.rank * share : (engine.rank + 1) * share] % loader.num_rows
+        share = count // engine.data_ranks
+        self._rows = np.arange(count)[engine.data_rank * share : (engine.data_rank + 1) * share] % loader.num_rows
 
     @torch.no_grad()
     def __call__(self, at: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -58,13 +58,13 @@ class Validator:
             parts.append(rows)
             samples += self._samples(batch, ids_BT, row_fve(rows)) if self.engine.is_main else []
         self.lens.train()
-        rows = join(self.engine.gather(join(parts)))
+        rows = join(self.engine.gather(join(parts))[:: self.engine.world_size // self.engine.data_ranks])
         measured = figures(rows)
         terms = {f"loss_{name}" if name in measured else name: value for name, value in self.engine.reduce_mean(losses).items()}
         return {f"val/{name}": value for name, value in (terms | measured).items()}, samples[: self.config.validation.num_examples]
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        size = max(2, self.config.batch_size // self.engine.world_size // 2 * 2)
+        size = max(2, self.config.batch_size // self.engine.data_ranks // 2 * 2)
         for first in range(0, len(self._rows), size):
             yield to_device(self.loader.rows(self._rows[first : first + size]), self.engine.device)
 

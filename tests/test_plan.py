@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 
-from megalens.config import ConfigError, load_config
+from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
 from megalens.footprint import footprint, take_step
 from megalens.lens.lens import build_lens
@@ -94,13 +94,13 @@ def test_the_least_traffic_that_fits_is_chosen_and_more_accumulation_before_noth
         return GPU((size + 2 * 2**30) / 0.92, 1e12)
 
     local = need(config, step, "local", 4, 16)
-    assert choose(config, step, 4, with_memory(local.total + 1))[0] == local
-    assert choose(config, step, 4, with_memory(local.total - 1))[0].engine == "z1"
-    least = min(need(config, step, engine, 4, 16).total for engine in ENGINES)
-    assert choose(config, step, 4, with_memory(least - 1))[0].rows < 16
-    assert choose(config, step, 4, with_memory(1000))[0] is None
+    assert choose(config, {1: step}, 4, with_memory(local.total + 1))[0] == local
+    assert choose(config, {1: step}, 4, with_memory(local.total - 1))[0].engine == "z1"
+    least = min(need(config, step, engine, 4, 16).total for engine in ENGINES if "tensor" not in engine)
+    assert choose(config, {1: step}, 4, with_memory(least - 1))[0].rows < 16
+    assert choose(config, {1: step}, 4, with_memory(1000))[0] is None
     with pytest.raises(ConfigError, match="batch_size=64 can not be shared by 3 GPUs"):
-        choose(config, step, 3, with_memory(1e9))
+        choose(config, {1: step}, 3, with_memory(1e9))
 
 
 def test_sharding_divides_what_it_shards(full):
@@ -116,6 +116,35 @@ def test_sharding_divides_what_it_shards(full):
     offloaded = need(config, step, "z3_offload", 2, 4)
     assert offloaded.memory["moments"] == 0
     assert offloaded.host > 0
+
+
+def test_ranks_of_a_node_slice_the_blocks_and_share_their_samples(full):
+    config, step = full
+    sliced = footprint(dataclasses.replace(config, fsdp=Fsdp(tensor_ranks=2)))
+    lens = real_lens(config)
+    blocks = [p for unit in lens.slicing(2) for p in unit.parameters()]
+    matrices, rest = (sum(p.numel() for p in blocks if (p.dim() > 1) == is_matrix) for is_matrix in (True, False))
+    assert sliced.frozen + sliced.trained == step.frozen + step.trained - matrices // 2
+    assert (step.summed_fixed, step.summed_per_sample) == (0, 0)
+    assert sliced.kv_per_sample == step.kv_per_sample / 2
+    assert sliced.bytes_per_sample < step.bytes_per_sample
+    assert rest > 0
+
+    copies, shared = (need(config, sliced, engine, 4, 32, 2) for engine in ("tensor", "fsdp_tensor"))
+    assert copies.shares == 2
+    assert copies.memory["moments"] == 8 * sliced.trained == 2 * shared.memory["moments"]
+    assert copies.inside == shared.inside > 0
+    assert copies.wire - copies.inside == 4 * sliced.trained  # twice, from one of two nodes
+    assert copies.wire < shared.wire < need(config, step, "fsdp", 4, 16).wire
+    enough = GPU((copies.total + 1 + 2 * 2**30) / 0.92, 1e12)
+    assert choose(config, {1: dataclasses.replace(step, frozen=10**12), 2: sliced}, 4, enough)[0] == copies
+
+
+def test_heads_that_can_not_be_shared_are_no_slices(objective):
+    config = load_config(objective)
+    assert sorted(command.footprints(config, 2)) == [1, 2]
+    assert sorted(command.footprints(config, 6)) == [1, 2]
+    assert sorted(command.footprints(config, 3)) == [1]
 
 
 def test_the_command_prints_a_plan_or_what_does_not_fit(checkout, capsys):

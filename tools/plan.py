@@ -10,8 +10,11 @@ maker's FLOPs; waiting for the network comes on top. Exit code 1 when nothing fi
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
+
 from megalens import cli
-from megalens.config import Config, ConfigError, load_config
+from megalens.config import Config, ConfigError, Fsdp, load_config
 from megalens.footprint import Footprint, footprint
 from megalens.lens.subject import check_model
 from megalens.plan import GPUS, UTILISATION, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of
@@ -36,46 +39,60 @@ def main(arguments: list[str]) -> int:
     if cluster["gpu"] not in GPUS:
         raise ConfigError(f"gpu={cluster['gpu']} must be one of: {', '.join(GPUS)}")
     config = load_config(settings)
-    gpu, step, ranks = GPUS[cluster["gpu"]], footprint(config), int(nodes * per_node)
-    choice, tried = choose(config, step, ranks, gpu)
+    gpu, ranks = GPUS[cluster["gpu"]], int(nodes * per_node)
+    steps = footprints(config, int(per_node))
+    step = steps[1]
+    choice, tried = choose(config, steps, ranks, gpu)
     print(
         f"{config.model_name}, layer {config.layer_l}, {config.train_mode}: {step.frozen:,} frozen and {step.trained:,} trained parameters"
     )
     if choice is None:
         print(why_not(tried, gpu, cluster["gpu"], ranks))
         return 1
-    for line in report(config, step, choice, ranks, gpu, tokens):
+    for line in report(config, choice, ranks, gpu, tokens):
         print(line)
     return 0
 
 
-def report(config: Config, step: Footprint, choice: Choice, ranks: int, gpu, tokens: float) -> list[str]:
+def footprints(config: Config, per_node: int) -> dict[int, Footprint]:
+    """By ``fsdp.tensor_ranks``: of 1, and of as many GPUs of a node as can slice the model."""
+    found = {1: footprint(dataclasses.replace(config, fsdp=Fsdp()))}
+    for ranks in [config.fsdp.tensor_ranks] if config.fsdp.tensor_ranks > 1 else range(per_node, 1, -1):
+        if per_node % ranks == 0:
+            with suppress(ConfigError):
+                return found | {ranks: footprint(dataclasses.replace(config, fsdp=Fsdp(tensor_ranks=ranks)))}
+    return found
+
+
+def report(config: Config, choice: Choice, ranks: int, gpu, tokens: float) -> list[str]:
     """The plan, line by line."""
-    micro, seconds = accumulation(config, ranks, choice.rows), seconds_per_step(config, step, choice, ranks, gpu)
+    micro, seconds = accumulation(config, choice.shares, choice.rows), seconds_per_step(config, choice, gpu)
     samples = samples_of(config, tokens)
     steps = samples * config.num_train_epochs / (config.batch_size * config.gradient_accumulation_steps)
     model = check_model(config)
     disk = dump_bytes(config, samples, model.hidden_size, model.vocab_size)
     lines = [
-        f"engine: {engine_setting(choice.engine)}",
-        f"settings: batch_size={choice.rows * ranks} gradient_accumulation_steps={micro} ({choice.rows} samples per GPU and micro-step)",
+        f"engine: {engine_setting(choice, ranks)}",
+        f"settings: batch_size={choice.rows * choice.shares} gradient_accumulation_steps={micro} "
+        f"({choice.rows} samples per {'GPU' if choice.shares == ranks else f'{ranks // choice.shares} GPUs'} and micro-step)",
         f"memory per GPU: {choice.total / GB:.1f} of {limit(gpu) / GB:.1f} GB that a training can have",
         *(f"  {name:<26}{size / GB:>10.2f} GB" for name, size in choice.memory.items()),
         *([f"  host memory per GPU       {choice.host / GB:>10.2f} GB"] if choice.host else []),
-        f"sent per GPU and optimizer step: at most {choice.wire / GB:.2f} GB",
+        f"sent per GPU and optimizer step: at most {choice.wire / GB:.2f} GB"
+        + (f", {choice.inside / GB:.2f} of them inside the node" if choice.inside else ""),
     ]
-    if choice.engine in ("z3", "fsdp", "z3_offload"):
-        lines.append(f"gathers per micro-step: {step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
+    if choice.engine in ("fsdp_tensor", "z3", "fsdp", "z3_offload"):
+        lines.append(f"gathers per micro-step: {choice.step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
     return [
         *lines,
-        f"FLOPs per optimizer step: {flops(config, step, ranks, choice.rows):.3g}, {seconds:.2f} s at {UTILISATION:.0%} of the GPUs' peak",
+        f"FLOPs per optimizer step: {ranks * flops(config, choice):.3g}, {seconds:.2f} s at {UTILISATION:.0%} of the GPUs' peak",
         f"{tokens:.3g} tokens: {samples:,.0f} activations, {disk / GB:,.0f} GB on disk",
         f"training: {steps:,.0f} optimizer steps, {steps * seconds * ranks / 3600:,.0f} GPU-hours of arithmetic",
     ]
 
 
-def seconds_per_step(config: Config, step: Footprint, choice: Choice, ranks: int, gpu) -> float:
-    return flops(config, step, ranks, choice.rows) / (ranks * gpu.flops * UTILISATION)
+def seconds_per_step(config: Config, choice: Choice, gpu) -> float:
+    return flops(config, choice) / (gpu.flops * UTILISATION)
 
 
 def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
@@ -89,25 +106,35 @@ def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
     )
 
 
-def engine_setting(engine: str) -> str:
-    return {"local": "local (torchrun)", "fsdp": "engine=fsdp (torchrun)"}.get(engine, f"deepspeed=ds_configs/{engine}.json")
+def engine_setting(choice: Choice, ranks: int) -> str:
+    slices = f"fsdp.tensor_ranks={ranks // choice.shares}"
+    copies = f" fsdp.shard_ranks={ranks // choice.shares}" if choice.shares > 1 else ""
+    known = {
+        "local": "local (torchrun)",
+        "fsdp": "engine=fsdp (torchrun)",
+        "tensor": f"engine=fsdp {slices}{copies} (torchrun)",
+        "fsdp_tensor": f"engine=fsdp {slices} (torchrun)",
+    }
+    return known.get(choice.engine, f"deepspeed=ds_configs/{choice.engine}.json")
 
 
 def table() -> int:
     """The tables of docs/scale.md."""
     gpu = GPUS["h100-80g"]
-    print("| subject | trained | GPUs | engine | samples | weights | optimizer | buffers | activations | sent per step | arithmetic |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    columns = ["subject", "trained", "GPUs", "engine", "samples", "weights", "optimizer", "buffers", "activations", "sent per step"]
+    columns += ["inside a node", "arithmetic"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for name, layer, nodes in TABLE:
         for mode in ("lora", "full"):
             config = load_config([f"model_name=conf/subjects/{name}", f"layer_l={layer}", f"train_mode={mode}", *OBJECTIVE])
-            step, ranks = footprint(config), 8 * nodes
-            choice, tried = choose(config, step, ranks, gpu)
-            head = f"| {name} | {mode}: {step.trained / 1e9:.2f} B | {ranks} |"
+            steps, ranks = footprints(config, 8), 8 * nodes
+            choice, tried = choose(config, steps, ranks, gpu)
+            head = f"| {name} | {mode}: {steps[1].trained / 1e9:.2f} B | {ranks} |"
             if choice is None:
                 nearest = min(tried, key=lambda one: one.total)
                 print(
-                    f"{head} none fits: {nearest.engine} needs {nearest.total / GB:.0f} GB of {limit(gpu) / GB:.0f} | | | | | | | |",
+                    f"{head} none fits: {nearest.engine} needs {nearest.total / GB:.0f} GB of {limit(gpu) / GB:.0f} | | | | | | | | |",
                     flush=True,
                 )
                 continue
@@ -118,7 +145,8 @@ def table() -> int:
                 f"{memory['gather and reduce buffers'] / GB:.1f}",
                 f"{(memory['keys and values'] + memory['other activations'] + memory['vocabulary tiles']) / GB:.1f}",
                 f"{choice.wire / GB:.1f} GB",
-                f"{seconds_per_step(config, step, choice, ranks, gpu):.1f} s",
+                f"{choice.inside / GB:.1f} GB",
+                f"{seconds_per_step(config, choice, gpu):.1f} s",
             ]
             print(f"{head} {choice.engine} | {choice.rows} | {' | '.join(cells)} |", flush=True)
     return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalens.engine.base import Engine, EngineError, Groups, join_ranks, leave_ranks, rank_and_size
+from megalens.engine.base import Engine, EngineError, Groups, data_share, join_ranks, leave_ranks, rank_and_size
 
-__all__ = ["Engine", "EngineError", "build_engine", "join_ranks", "leave_ranks", "rank_and_size", "shards_weights"]
+__all__ = ["Engine", "EngineError", "build_engine", "data_share", "join_ranks", "leave_ranks", "rank_and_size", "shards_weights"]
 
 
 def shards_weights(config) -> bool:

@@ -52,6 +52,13 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def data_share(config) -> tuple[int, int]:
+    """Which share of every batch this process works on, and how many shares there are (ranks of one tensor-parallel group: the same)."""
+    rank, size = rank_and_size()
+    together = config.fsdp.tensor_ranks if config.engine == "fsdp" else 1
+    return rank // together, max(1, size // together)
+
+
 class Traffic:
     """What an engine's collectives have moved: calls by kind, and the bytes of the whole tensors."""
 
@@ -85,6 +92,7 @@ class Engine(ABC):
         self.config, self.module = config, module
         self.device = device_of(module)
         self.rank, self.world_size = rank_and_size()
+        self.data_rank, self.data_ranks = data_share(config)
         self.traffic = Traffic()
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
         self.moments = MOMENTS[config.optimizer]

@@ -2,11 +2,13 @@
 
 What is sharded and gathered together are the module's ``shard_units()`` (lists of modules). Units of several modules (tied embeddings)
 stay gathered through a forward or backward pass; all others are gathered when one of their modules is called, or, for those
-that fit into ``fsdp.gather_gb``, once per micro-step.
+that fit into ``fsdp.gather_gb``, once per micro-step. With ``fsdp.tensor_ranks``, what is sharded and gathered are slices of matrices
+(:mod:`megalens.engine.tensor`), by ranks that hold the same slices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from megalens.engine.base import (
     to_device,
 )
 from megalens.engine.state import OptimizerState
+from megalens.engine.tensor import slice_layers
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in PyTorch 2.13
 _scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -44,7 +47,8 @@ class FsdpEngine(Engine):
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
 
     Raises:
-        EngineError: ``fsdp.shard_ranks`` does not divide the ranks.
+        EngineError: ``fsdp.shard_ranks`` does not divide the ranks, or ``fsdp.tensor_ranks`` not the ranks of a copy.
+        ConfigError: the module can not be sliced for ``fsdp.tensor_ranks``.
     """
 
     def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
@@ -53,18 +57,23 @@ class FsdpEngine(Engine):
         compute_dtype = next(iter(self.parameters.values())).dtype
         weights, by_parameter = weights or {}, {parameter: name for name, parameter in self.parameters.items()}
         chosen = optimizer_groups(config, groups)
-        self.mesh = _mesh(config.fsdp.shard_ranks, self.device.type, self.world_size)
+        mesh = _mesh(config.fsdp, self.device.type, self.world_size)
+        self._slices = mesh["tensor"]
+        slicing = module.slicing(config.fsdp.tensor_ranks) if config.fsdp.tensor_ranks > 1 else {}
         options = {
-            "mesh": self.mesh,
+            "mesh": mesh[mesh.mesh_dim_names[:-1]],
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
         }
         room, sharded = config.fsdp.gather_gb * 2**30, set()
         for unit in getattr(module, "shard_units", list)():
             whole = {parameter for part in unit for parameter in part.parameters()}
-            size = sum(p.numel() * compute_dtype.itemsize for p in whole)
+            size = sum(p.numel() * compute_dtype.itemsize for p in whole) // config.fsdp.tensor_ranks
             self._fill(unit, weights)
             self._widen({name: p for name, p in self.parameters.items() if p in whole}, weights)
+            for part in unit:
+                if part in slicing:
+                    slice_layers(part, slicing[part], self._slices, self.traffic)
             fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=True, **options)
             for parameter in whole:  # others may refer to it; its shard is what counts from now on
                 parameter.data = parameter.data.new_empty(0)
@@ -96,6 +105,7 @@ class FsdpEngine(Engine):
         self._reshard()
         metrics = self.reduce_mean({name: value.item() / len(batches) for name, value in total.items()})
         gradients = {name: self._take_gradient(name) for name in self.masters}
+        self._agree(gradients)
         norm = self._norm(gradients)
         finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
         if finite:
@@ -154,19 +164,46 @@ class FsdpEngine(Engine):
         gradient, shard.grad = shard.grad, None
         return torch.zeros_like(master) if gradient is None else gradient.to_local()
 
+    def _agree(self, gradients: dict[str, Tensor]) -> None:
+        """One gradient of what tensor-parallel ranks all hold: theirs differ where a kernel's sums have no fixed order."""
+        if self.config.fsdp.tensor_ranks == 1:
+            return
+        same = [gradient for name, gradient in gradients.items() if not self._is_slice(self.shards[name])]
+        flat = torch.cat([gradient.flatten() for gradient in same]).to(self.device)
+        self.traffic.add("all_reduce", flat)
+        dist.all_reduce(flat, group=self._slices.get_group())
+        flat /= self.config.fsdp.tensor_ranks
+        for gradient, mean in zip(same, flat.split([gradient.numel() for gradient in same]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    @staticmethod
+    def _is_slice(shard: DTensor) -> bool:
+        return shard.device_mesh.mesh_dim_names[-1] == "tensor" and not shard.placements[-1].is_replicate()
+
     def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().to(self.device)
-        self._sum(squares)
-        copies = self.world_size // self.mesh.size(-1)
-        return (squares / copies).sqrt().float()
+        """Of the whole gradient; what several ranks hold counts once."""
+        squares = [gradient.double().square().sum() / self._copies(name) for name, gradient in gradients.items()]
+        total = torch.stack(squares).sum().to(self.device)
+        self._sum(total)
+        return total.sqrt().float()
+
+    def _copies(self, name: str) -> int:
+        """How many ranks hold the same shard of a parameter."""
+        shard = self.shards[name]
+        cut = zip(shard.device_mesh.shape, shard.placements, strict=True)
+        return self.world_size // math.prod(size for size, placement in cut if not placement.is_replicate())
 
 
-def _mesh(shard_ranks: int | None, device_type: str, ranks: int) -> DeviceMesh:
-    if shard_ranks is None or shard_ranks == ranks:
-        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
-    if ranks % shard_ranks:
-        raise EngineError(f"fsdp.shard_ranks={shard_ranks} does not divide the {ranks} processes")
-    return init_device_mesh(device_type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+def _mesh(fsdp, device_type: str, ranks: int) -> DeviceMesh:
+    """Ranks by (copies of the model,) shard and slice of it."""
+    copy = fsdp.shard_ranks or ranks
+    if ranks % copy:
+        raise EngineError(f"fsdp.shard_ranks={copy} does not divide the {ranks} processes")
+    if copy % fsdp.tensor_ranks:
+        raise EngineError(f"fsdp.tensor_ranks={fsdp.tensor_ranks} does not divide the {copy} processes that share a copy of the model")
+    shape, names = (ranks // copy, copy // fsdp.tensor_ranks, fsdp.tensor_ranks), ("replicate", "shard", "tensor")
+    first = int(copy == ranks)
+    return init_device_mesh(device_type, shape[first:], mesh_dim_names=names[first:])
 
 
 class _Collective:

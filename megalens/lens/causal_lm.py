@@ -268,6 +268,25 @@ class CausalLM(nn.Module):
 
         self.call_block = call
 
+    def slicing(self, ranks: int) -> dict[str, str]:
+        """How ranks can slice a block's layers among them: ``colwise``, ``rowwise`` or ``heads`` by path within the block.
+
+        Raises:
+            ConfigError: transformers has no plan for the family, or the heads can not be shared evenly.
+        """
+        plan = getattr(self.config, "base_model_tp_plan", None) or {}
+        kinds = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "heads"}
+        prefix = f"{self.family.blocks}.*."
+        found = {path.removeprefix(prefix): kinds.get(kind) for path, kind in plan.items() if path.startswith(prefix)}
+        if not found or None in found.values():
+            raise ConfigError(f"models of type '{self.config.model_type}' can not be sliced; set fsdp.tensor_ranks=1")
+        heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        if any(count % ranks for count in heads):
+            raise ConfigError(
+                f"fsdp.tensor_ranks={ranks} must divide the model's {heads[0]} attention heads and {heads[1]} key-value heads"
+            )
+        return found
+
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the vocabulary head reads."""
         return getattr(self.base, self.family.norm)(hidden)

@@ -177,6 +177,11 @@ class ConsistencyLens(nn.Module):
         rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
         return [vocabulary, *([part] for part in [*whole, *rest])]
 
+    def slicing(self, ranks: int) -> dict[nn.Module, dict[str, str]]:
+        """How ``ranks`` can slice layers among them (tensor parallelism): by module and path within it, see :meth:`CausalLM.slicing`."""
+        lm = self.subject.lm
+        return dict.fromkeys([*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values()], lm.slicing(ranks))
+
     def lens_state_names(self) -> list[str]:
         """Names in the state dict of all that is not the frozen subject: what a checkpoint of the lens holds."""
         return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]

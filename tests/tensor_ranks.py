@@ -1,0 +1,71 @@
+"""Run under torchrun by test_tensor.py: lenses in slices on two of four ranks each; rank 0 writes what it saw, and what it saved.
+
+torchrun --nproc_per_node 4 tests/tensor_ranks.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.parity import make_batch, share
+from megalens.config import config_from_dict
+from megalens.engine import build_engine, data_share, join_ranks, leave_ranks, shards_weights
+from megalens.lens.lens import Step, build_lens
+
+CASES = {  # shards of the slices on the other two ranks, or copies
+    "llama": {"train_mode": "lora"},
+    "qwen3": {"train_mode": "full"},  # norms over single heads
+    "gemma2": {"train_mode": "full", "fsdp": {"shard_ranks": 2}},
+    "gpt_neox": {"train_mode": "lora", "fsdp": {"shard_ranks": 2}},  # biases, and queries, keys and values in one matrix
+}
+STEPS = 3
+AT = [Step(update, tau=1.0, alpha=0.5) for update in range(STEPS + 1)]
+
+
+def build(folder: Path, kind: str, tensor_ranks: int = 1):
+    """A lens and its engine: sliced, or (1) on one process."""
+    loss = {"kl_base_weight": 0.5, "lm_base_weight": 0.5, "tail_say_weight": 1.0, "tail_read_weight": 1.0, "entropy_weight": 0.01}
+    settings = {"model_name": str(folder / kind), "layer_l": 1, "t_text": 3, "device": "cpu", "dtype": "fp32", "batch_size": 24}
+    settings |= {"learning_rate": 1e-3, "lora": {"r": 4, "alpha": 4.0}, "train_mode": CASES[kind]["train_mode"]}
+    if tensor_ranks > 1:
+        settings |= {"engine": "fsdp", "fsdp": CASES[kind].get("fsdp", {}) | {"tensor_ranks": tensor_ranks}}
+    config = config_from_dict(settings | loss)
+    lens = build_lens(config, torch.zeros(64), torch.ones(64), empty_blocks=shards_weights(config))
+    return lens, build_engine(config, lens, lens.parameter_groups())
+
+
+def batches():
+    """The same for every training."""
+    draw = torch.Generator().manual_seed(0)
+    return [make_batch(draw) for _ in AT]
+
+
+def main(folder: Path) -> None:
+    join_ranks(torch.device("cpu"))
+    for kind in CASES:
+        lens, engine = build(folder, kind, tensor_ranks=2)
+        metrics, place = [], folder / f"{kind}-saved"
+        for update, batch in zip(AT[:STEPS], batches(), strict=False):
+            metrics.append(engine.train_step([share(batch, *data_share(engine.config))], update, 1.0))
+        weights = engine.full_state(lens.lens_state_names())
+        place.mkdir(exist_ok=True)
+        engine.optimizer_part().write(place, "optimizer")
+        engine.barrier()
+        engine.traffic.calls.clear()
+        texts = lens.verbalize(batches()[0]["activation"][:2]).tolist()
+        decode = dict(engine.traffic.calls)
+        engine.load_state(place)
+        last = engine.train_step([share(batches()[STEPS], *data_share(engine.config))], AT[STEPS], 1.0)
+        engine.close()
+        if engine.is_main:
+            save_file(weights, place / "lens.safetensors")
+            seen = {"metrics": [*metrics, last], "texts": texts, "decode": decode}
+            (place / "seen.json").write_text(json.dumps(seen))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""Blocks in slices on several ranks are trained, saved and decoded as whole ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launched import ROOT, environment
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT))
+import tensor_ranks
+
+from megalens.config import Config, ConfigError, config_from_dict
+from megalens.lens.subject import load_subject
+from megalens.tiny import make_model
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """A folder with models, and what four ranks saw of them."""
+    folder = tmp_path_factory.mktemp("sliced")
+    for kind in tensor_ranks.CASES:
+        make_model(folder / kind, kind)
+    script = ROOT / "tests" / "tensor_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(script), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", tensor_ranks.CASES)
+def test_sliced_lens_is_trained_as_by_one_process_and_goes_on_there(sliced, kind):
+    seen = json.loads((sliced / f"{kind}-saved" / "seen.json").read_text())
+    lens, engine = tensor_ranks.build(sliced, kind)
+    batches = tensor_ranks.batches()
+    for update, batch, theirs in zip(tensor_ranks.AT[:-1], batches, seen["metrics"], strict=False):
+        assert theirs == pytest.approx(engine.train_step([batch], update, 1.0), rel=1e-5)
+    saved = load_file(sliced / f"{kind}-saved" / "lens.safetensors")
+    for name, value in engine.full_state(lens.lens_state_names()).items():
+        assert (saved[name] - value).norm() <= 1e-4 * value.norm(), name
+    assert lens.verbalize(batches[0]["activation"][:2]).tolist() == seen["texts"]
+
+    engine.load_state(sliced / f"{kind}-saved")
+    assert seen["metrics"][-1] == pytest.approx(engine.train_step([batches[-1]], tensor_ranks.AT[-1], 1.0), rel=1e-5)
+
+
+def test_decode_gathers_no_block_where_nodes_hold_copies(sliced):
+    """A block sums twice, twice more where it is adapted (the upper two); the slot enters at the third, prompt and tokens at the first."""
+    seen = json.loads((sliced / "gpt_neox-saved" / "seen.json").read_text())
+    whole, upper = 2 * 2 + 2 * 4, 2 * 4
+    assert seen["decode"] == {"all_reduce": whole + upper + 2 * whole}
+    assert "all_gather" in json.loads((sliced / "llama-saved" / "seen.json").read_text())["decode"]
+
+
+def test_model_that_can_not_be_sliced_is_refused(tmp_path):
+    for kind, message in {
+        "gpt2": "models of type 'gpt2' can not be sliced",
+        "llama": "must divide the model's 4 .* and 2 key-value heads",
+    }.items():
+        config = Config(model_name=str(make_model(tmp_path / kind, kind)), layer_l=1, device="cpu")
+        with pytest.raises(ConfigError, match=message):
+            load_subject(config).lm.slicing(4)
+
+
+def test_slices_are_for_fsdp_and_not_compiled():
+    for keys, message in [({}, "needs engine=fsdp"), ({"engine": "fsdp", "compile": True}, "can not be compiled")]:
+        with pytest.raises(ConfigError, match=message):
+            config_from_dict({"fsdp": {"tensor_ranks": 2}, **keys})
