@@ -1,4 +1,4 @@
-"""Which engine and settings fit a training on a cluster: bytes per GPU by what they are for, bytes on the wire, FLOPs and GPU-hours."""
+"""Which engine and settings fit a training on a cluster: bytes per GPU by what they are for, bytes on the wire, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from megalens.footprint import Footprint
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in bytes, and dense bf16 FLOPs per second as its maker says."""
+    """As its maker says: bytes of memory, dense bf16 FLOPs per second, bytes per second read from memory and sent to others in the node."""
 
     memory: float
     flops: float
+    read: float
+    sent: float
 
 
 GPUS = {
-    "a100-40g": GPU(40 * 2**30, 312e12),
-    "a100-80g": GPU(80 * 2**30, 312e12),
-    "h100-80g": GPU(80 * 2**30, 989e12),
-    "h200-141g": GPU(140 * 2**30, 989e12),
-    "b200-180g": GPU(178 * 2**30, 2250e12),
+    "a100-40g": GPU(40 * 2**30, 312e12, 1.55e12, 300e9),
+    "a100-80g": GPU(80 * 2**30, 312e12, 2.04e12, 300e9),
+    "h100-80g": GPU(80 * 2**30, 989e12, 3.35e12, 450e9),
+    "h200-141g": GPU(140 * 2**30, 989e12, 4.8e12, 450e9),
+    "b200-180g": GPU(178 * 2**30, 2250e12, 8e12, 900e9),
 }
+NETWORK = 50e9  # bytes per second that each GPU sends to other nodes: 400 Gbit/s, assumed
 RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
-UTILISATION = 0.3  # of the maker's FLOPs, assumed; decoding token by token is far from the peak
-ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the least traffic between nodes first
+UTILISATION = 0.3  # of the maker's FLOPs, assumed
+ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the simplest first
 FILES = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -63,8 +66,8 @@ class Choice:
         return sum(self.memory.values())
 
 
-def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU) -> tuple[Choice | None, list[Choice]]:
-    """The first engine that fits with the configuration's own batch, else with more accumulation; and all that were tried.
+def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU, nodes: int = 1) -> tuple[Choice | None, list[Choice]]:
+    """The fastest engine and accumulation that fits, the simplest of equals; and all that were tried.
 
     Args:
         steps: footprints by ``fsdp.tensor_ranks``: of 1, and of those of a node where its GPUs can slice the model.
@@ -83,7 +86,8 @@ def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU) ->
             rows, over = divmod(config.batch_size * together, ranks * accumulated)
             if not over and rows >= least and rows % least == 0 and ("tensor" not in engine or together > 1):
                 tried.append(need(config, steps[together], engine, ranks, rows, together))
-    return next((choice for choice in tried if choice.total <= limit(gpu)), None), tried
+    fitting = [choice for choice in tried if choice.total <= limit(gpu)]
+    return min(fitting, key=lambda choice: sum(seconds(config, choice, gpu, nodes).values()), default=None), tried
 
 
 def limit(gpu: GPU) -> float:
@@ -163,6 +167,20 @@ def flops(config: Config, choice: Choice) -> float:
     """FLOPs of an optimizer step on each GPU."""
     step = choice.step
     return accumulation(config, choice.shares, choice.rows) * (step.flops_fixed + choice.rows * step.flops_per_sample)
+
+
+def seconds(config: Config, choice: Choice, gpu: GPU, nodes: int) -> dict[str, float]:
+    """An optimizer step's time by what it goes to, as if nothing overlapped.
+
+    Weights are read from the GPU's memory for every decoded token and every pass, whatever the number of samples.
+    """
+    read = accumulation(config, choice.shares, choice.rows) * choice.step.width * choice.step.passed
+    between = choice.wire - choice.inside
+    return {
+        "arithmetic": flops(config, choice) / (gpu.flops * UTILISATION),
+        "reading weights": read / gpu.read,
+        "sending": choice.inside / gpu.sent + between / (NETWORK if nodes > 1 else gpu.sent),
+    }
 
 
 def samples_of(config: Config, tokens: float) -> float:

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
-from megalens.footprint import footprint, take_step
+from megalens.footprint import footprint, meta_lens, take_step
 from megalens.lens.lens import build_lens
 from megalens.plan import ENGINES, GPU, choose, need
 from megalens.tiny import make_model
@@ -91,7 +91,7 @@ def test_the_least_traffic_that_fits_is_chosen_and_more_accumulation_before_noth
     config, step = full
 
     def with_memory(size):
-        return GPU((size + 2 * 2**30) / 0.92, 1e12)
+        return GPU((size + 2 * 2**30) / 0.92, 1e12, 1e12, 1e12)
 
     local = need(config, step, "local", 4, 16)
     assert choose(config, {1: step}, 4, with_memory(local.total + 1))[0] == local
@@ -136,12 +136,13 @@ def test_ranks_of_a_node_slice_the_blocks_and_share_their_samples(full):
     assert copies.inside == shared.inside > 0
     assert copies.wire - copies.inside == 4 * sliced.trained  # twice, from one of two nodes
     assert copies.wire < shared.wire < need(config, step, "fsdp", 4, 16).wire
-    enough = GPU((copies.total + 1 + 2 * 2**30) / 0.92, 1e12)
+    enough = GPU((copies.total + 1 + 2 * 2**30) / 0.92, 1e12, 1e12, 1e12)
     assert choose(config, {1: dataclasses.replace(step, frozen=10**12), 2: sliced}, 4, enough)[0] == copies
 
 
-def test_heads_that_can_not_be_shared_are_no_slices(objective):
+def test_heads_that_can_not_be_shared_are_no_slices(objective, monkeypatch):
     config = load_config(objective)
+    monkeypatch.setattr(command, "footprint", meta_lens)
     assert sorted(command.footprints(config, 2)) == [1, 2]
     assert sorted(command.footprints(config, 6)) == [1, 2]
     assert sorted(command.footprints(config, 3)) == [1]

@@ -4,8 +4,9 @@
     python tools/plan.py table      the tables of docs/scale.md, for the subjects of conf/subjects/
 
 Only the model's config.json is read. gpu is one of a100-40g, a100-80g, h100-80g, h200-141g, b200-180g; tokens is the text read for the dump
-(each seq_len of them give vectors_per_sequence activations), trained on for num_train_epochs. Hours are of arithmetic at 30 % of the
-maker's FLOPs; waiting for the network comes on top. Exit code 1 when nothing fits.
+(each seq_len of them give vectors_per_sequence activations), trained on for num_train_epochs. Of what fits, the fastest is taken, as
+predicted: arithmetic at 30 % of the maker's FLOPs, reading weights from memory, sending at 50 GB/s per GPU between nodes, one after the
+other. Exit code 1 when nothing fits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megalens import cli
 from megalens.config import Config, ConfigError, Fsdp, load_config
 from megalens.footprint import Footprint, footprint
 from megalens.lens.subject import check_model
-from megalens.plan import GPUS, UTILISATION, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of
+from megalens.plan import GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
 
 GB = 1e9
 DEFAULTS = {"nodes": "1", "gpus_per_node": "8", "gpu": "h100-80g", "tokens": "1e9"}
@@ -42,14 +43,14 @@ def main(arguments: list[str]) -> int:
     gpu, ranks = GPUS[cluster["gpu"]], int(nodes * per_node)
     steps = footprints(config, int(per_node))
     step = steps[1]
-    choice, tried = choose(config, steps, ranks, gpu)
+    choice, tried = choose(config, steps, ranks, gpu, int(nodes))
     print(
         f"{config.model_name}, layer {config.layer_l}, {config.train_mode}: {step.frozen:,} frozen and {step.trained:,} trained parameters"
     )
     if choice is None:
         print(why_not(tried, gpu, cluster["gpu"], ranks))
         return 1
-    for line in report(config, choice, ranks, gpu, tokens):
+    for line in report(config, choice, ranks, gpu, int(nodes), tokens):
         print(line)
     return 0
 
@@ -64,9 +65,9 @@ def footprints(config: Config, per_node: int) -> dict[int, Footprint]:
     return found
 
 
-def report(config: Config, choice: Choice, ranks: int, gpu, tokens: float) -> list[str]:
+def report(config: Config, choice: Choice, ranks: int, gpu, nodes: int, tokens: float) -> list[str]:
     """The plan, line by line."""
-    micro, seconds = accumulation(config, choice.shares, choice.rows), seconds_per_step(config, choice, gpu)
+    micro, times = accumulation(config, choice.shares, choice.rows), seconds(config, choice, gpu, nodes)
     samples = samples_of(config, tokens)
     steps = samples * config.num_train_epochs / (config.batch_size * config.gradient_accumulation_steps)
     model = check_model(config)
@@ -85,14 +86,12 @@ def report(config: Config, choice: Choice, ranks: int, gpu, tokens: float) -> li
         lines.append(f"gathers per micro-step: {choice.step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
     return [
         *lines,
-        f"FLOPs per optimizer step: {ranks * flops(config, choice):.3g}, {seconds:.2f} s at {UTILISATION:.0%} of the GPUs' peak",
+        f"FLOPs per optimizer step: {ranks * flops(config, choice):.3g}",
+        f"optimizer step: {sum(times.values()):.2f} s, if nothing overlaps",
+        *(f"  {name:<26}{time:>10.2f} s" for name, time in times.items()),
         f"{tokens:.3g} tokens: {samples:,.0f} activations, {disk / GB:,.0f} GB on disk",
-        f"training: {steps:,.0f} optimizer steps, {steps * seconds * ranks / 3600:,.0f} GPU-hours of arithmetic",
+        f"training: {steps:,.0f} optimizer steps, {steps * sum(times.values()) * ranks / 3600:,.0f} GPU-hours",
     ]
-
-
-def seconds_per_step(config: Config, choice: Choice, gpu) -> float:
-    return flops(config, choice) / (gpu.flops * UTILISATION)
 
 
 def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
@@ -121,20 +120,20 @@ def engine_setting(choice: Choice, ranks: int) -> str:
 def table() -> int:
     """The tables of docs/scale.md."""
     gpu = GPUS["h100-80g"]
-    columns = ["subject", "trained", "GPUs", "engine", "samples", "weights", "optimizer", "buffers", "activations", "sent per step"]
-    columns += ["inside a node", "arithmetic"]
+    columns = ["subject", "trained", "GPUs", "engine", "samples", "weights", "optimizer", "buffers", "activations", "sent"]
+    columns += ["inside a node", "s of arithmetic", "reading", "sending"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for name, layer, nodes in TABLE:
         for mode in ("lora", "full"):
             config = load_config([f"model_name=conf/subjects/{name}", f"layer_l={layer}", f"train_mode={mode}", *OBJECTIVE])
             steps, ranks = footprints(config, 8), 8 * nodes
-            choice, tried = choose(config, steps, ranks, gpu)
+            choice, tried = choose(config, steps, ranks, gpu, nodes)
             head = f"| {name} | {mode}: {steps[1].trained / 1e9:.2f} B | {ranks} |"
             if choice is None:
                 nearest = min(tried, key=lambda one: one.total)
                 print(
-                    f"{head} none fits: {nearest.engine} needs {nearest.total / GB:.0f} GB of {limit(gpu) / GB:.0f} | | | | | | | | |",
+                    f"{head} none fits: {nearest.engine} needs {nearest.total / GB:.0f} GB of {limit(gpu) / GB:.0f} |{' |' * 10}",
                     flush=True,
                 )
                 continue
@@ -144,9 +143,9 @@ def table() -> int:
                 f"{(memory['masters'] + memory['moments'] + memory['gradients']) / GB:.1f}",
                 f"{memory['gather and reduce buffers'] / GB:.1f}",
                 f"{(memory['keys and values'] + memory['other activations'] + memory['vocabulary tiles']) / GB:.1f}",
-                f"{choice.wire / GB:.1f} GB",
-                f"{choice.inside / GB:.1f} GB",
-                f"{seconds_per_step(config, choice, gpu):.1f} s",
+                f"{choice.wire / GB:.1f}",
+                f"{choice.inside / GB:.1f}",
+                *(f"{time:.1f}" for time in seconds(config, choice, gpu, nodes).values()),
             ]
             print(f"{head} {choice.engine} | {choice.rows} | {' | '.join(cells)} |", flush=True)
     return 0
