@@ -194,6 +194,7 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
             whole = largest(lens)
             engine = build_engine(config, lens, lens.parameter_groups())
         engine.train_step([batch], Step(0, tau=1.0, alpha=0.5), 1.0)
+        before = tensor_bytes()
         with record_function("mark: step"):
             engine.train_step([batch], Step(1, tau=1.0, alpha=0.5), 1.0)
     hook = register_optimizer_step_pre_hook(hold)
@@ -206,13 +207,15 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
             changes.append((event.start_ns(), event.nbytes()))
         elif event.name().startswith("mark: "):
             marks[event.name()] = event.start_ns(), event.end_ns()
-    live, points = 0, {"loading": 0, "loaded": 0, "peak": 0}
+    live, points, start = 0, {"loading": 0, "loaded": 0, "peak": 0}, None
     for time, change in sorted(changes):
+        if time >= marks["mark: step"][0] and start is None:
+            start = live - before  # what other threads allocated while loading was not seen
         live += change
         if time <= marks["mark: load"][1]:
             points["loading"], points["loaded"] = max(points["loading"], live), live
-        if time >= marks["mark: step"][0]:
-            points["peak"] = max(points["peak"], live)
+        if start is not None:
+            points["peak"] = max(points["peak"], live - start)
     return points | {"held": held, "largest": whole}
 
 

@@ -4,6 +4,7 @@ shapes and nothing else, takes a step while memory, FLOPs and the parameters pas
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import weakref
 from collections import Counter
@@ -22,7 +23,7 @@ from megalens.config import Config, ConfigError
 from megalens.device import resolve_dtype
 from megalens.lens.causal_lm import CausalLM
 from megalens.lens.lens import ConsistencyLens, Step
-from megalens.lens.subject import Subject, check_model
+from megalens.lens.subject import Subject, check_model, load_tokenizer
 from megalens.ops.tile import tile_size
 
 # A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.
@@ -130,6 +131,7 @@ def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
         batch = meta_batch(config, lens, samples)
         with (
             _counted_uses(_units(lens)) as uses,
+            _fused_attention(),
             LiveBytes(lens) as live,
             FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops,
         ):
@@ -155,7 +157,7 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
         dtype = getattr(torch, resolve_dtype(config))
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
         subject = Subject(CausalLM(model), config.layer_l, "none")
-        return ConsistencyLens(config, subject, _Words(), torch.zeros(subject.d), torch.ones(subject.d))
+        return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d))
 
 
 def _slice(settings, ranks: int) -> None:
@@ -195,8 +197,15 @@ def take_step(lens: ConsistencyLens, batch: dict[str, torch.Tensor]) -> None:
         hook.remove()
 
 
+def _tokenizer(config: Config):
+    try:
+        return load_tokenizer(config)
+    except ConfigError:
+        return _Words()
+
+
 class _Words:
-    """In place of a tokenizer: a token per word, which is near enough for the few words of a prompt."""
+    """In place of a tokenizer that is not there: a token per word, which is near enough for the few words of a prompt."""
 
     eos_token_id = 0
 
@@ -237,6 +246,37 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, name: int, size: int) -> None:
         self._known.discard(name)
         self.live -= size
+
+
+@torch.library.custom_op("megalens::planned_attention", mutates_args=())
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a fused attention leaves behind: its result and a log-sum-exp per query and head. Shapes only."""
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megalens::planned_attention_backward", mutates_args=())
+def _attention_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients that it leaves behind. Shapes only."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+_attention.register_fake(_attention._init_fn)
+_attention_backward.register_fake(_attention_backward._init_fn)
+_attention.register_autograd(
+    lambda ctx, *_: _attention_backward(*ctx.saved_tensors[:3]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """While entered, ``scaled_dot_product_attention`` needs what GPUs' and CPUs' kernels do; on the meta device it would be spelt out."""
+    spelt_out = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _attention(query, key, value)[0]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = spelt_out
 
 
 @contextmanager
@@ -289,7 +329,17 @@ def _kl_flops(p_hidden, q_hidden, p_weight, *_, **__) -> int:
     return 2 * _draw_flops(p_hidden, p_weight)
 
 
+def _attention_flops(query, key, value, *_, **__) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(query, key, value, *_, **__) -> int:
+    return 5 * _attention_flops(query, key, value) // 2  # the scores again, and two products for each of forward's
+
+
 _FLOPS = {
+    torch.ops.megalens.planned_attention: _attention_flops,
+    torch.ops.megalens.planned_attention_backward: _attention_backward_flops,
     torch.ops.megalens.gumbel_embed: _draw_flops,
     torch.ops.megalens.gumbel_embed_backward: _draw_backward_flops,
     torch.ops.megalens.vocab_divergences: _kl_flops,
