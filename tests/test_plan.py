@@ -87,7 +87,7 @@ def test_what_the_local_engine_keeps_is_what_is_planned(full):
         assert sum(t.nbytes for t in tensors) == pytest.approx(planned[name], rel=0.02), name
 
 
-def test_the_least_traffic_that_fits_is_chosen_and_more_accumulation_before_nothing(full):
+def test_the_fastest_that_fits_is_chosen_and_more_accumulation_before_nothing(full):
     config, step = full
 
     def with_memory(size):

@@ -116,6 +116,12 @@ def test_torchrun_on_two_ranks_computes_the_same_run(place, alone):
     assert_same_losses(curve(place, "torchrun"), alone)
 
 
+def test_two_ranks_with_slices_of_the_blocks_compute_the_same_run(place, alone):
+    slices = ["engine=fsdp", "fsdp.tensor_ranks=2"]
+    train(place, "config=conf/tiny.yaml", "run_name=slices", *slices, *ALL_TERMS, *TEN_STEPS, launcher=[*TORCHRUN, "2"])
+    assert_same_losses(curve(place, "slices"), alone)
+
+
 def test_killed_under_zero_3_and_under_fsdp_it_ends_on_three_ranks_as_the_same_run(place):
     """DeepSpeed, FSDP2, averaged gradients on 2, 1 and 3 ranks: no sample is dropped or repeated, or the losses would not agree."""
     found = change_engines(place, "adamw")

@@ -221,7 +221,8 @@ def _from_pretrained(factory, settings: Config, name: str | None = None, **optio
         return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"can not load {name}: {reason}") from None
+        mend = "" if Path(name).is_dir() else f"; fetch it where there is a network (hf download {name}) or name a local folder"
+        raise ConfigError(f"can not load {name}: {reason.removesuffix('.')}{mend}") from None
     finally:
         if shown:
             bars.enable_progress_bar()
