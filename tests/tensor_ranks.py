@@ -1,6 +1,6 @@
 """Run under torchrun by test_tensor.py: lenses in slices on two of four ranks each; rank 0 writes what it saw, and what it saved.
 
-torchrun --nproc_per_node 4 tests/tensor_ranks.py FOLDER
+PYTHONPATH=.:benchmarks torchrun --nproc_per_node 4 tests/tensor_ranks.py FOLDER
 """
 
 import json
@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
+from parity import make_batch, share
 from safetensors.torch import save_file
 
-from benchmarks.parity import make_batch, share
 from megalens.config import config_from_dict
 from megalens.engine import build_engine, data_share, join_ranks, leave_ranks, shards_weights
 from megalens.lens.lens import Step, build_lens

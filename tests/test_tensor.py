@@ -5,11 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import tensor_ranks
 from launched import ROOT, environment
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(ROOT))
-import tensor_ranks
 
 from megalens.config import Config, ConfigError, config_from_dict
 from megalens.lens.subject import load_subject
@@ -24,7 +22,8 @@ def sliced(tmp_path_factory):
         make_model(folder / kind, kind)
     script = ROOT / "tests" / "tensor_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(script), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    scripts = f"{ROOT}:{ROOT / 'benchmarks'}"
+    done = subprocess.run(command, env=environment(PYTHONPATH=scripts), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
