@@ -45,7 +45,7 @@ class Footprint:
         bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
         flops_fixed, flops_per_sample: of a step.
         kv_per_sample: bytes of the decode's keys and values, contained in ``bytes_per_sample``.
-        tiles_per_sample: bytes of the LM term's tiles of the vocabulary, which live inside its operation and are not contained.
+        tiles_fixed, tiles_per_sample: bytes by which the vocabulary tiles inside the operations raise that peak; not contained.
     """
 
     frozen: int
@@ -64,6 +64,7 @@ class Footprint:
     flops_fixed: float
     flops_per_sample: float
     kv_per_sample: float
+    tiles_fixed: float
     tiles_per_sample: float
 
 
@@ -78,7 +79,7 @@ def footprint(config: Config) -> Footprint:
     lens = meta_lens(config)
     parameters, (*blocks, vocabulary) = list(lens.parameters()), _units(lens)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    peak, flops, passed, gathers, summed = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
+    peak, flops, passed, gathers, summed, tiles = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
     model = lens.subject.lm.config
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -101,7 +102,8 @@ def footprint(config: Config) -> Footprint:
         flops_fixed=flops[0],
         flops_per_sample=flops[1],
         kv_per_sample=2.0 * heads * head * model.num_hidden_layers * tokens * width,
-        tiles_per_sample=3.0 * 4 * tile_size(lens.subject.lm.vocabulary.out_weight) * config.t_text if config.lm_base_weight else 0.0,
+        tiles_fixed=tiles[0],
+        tiles_per_sample=tiles[1],
     )
 
 
@@ -125,7 +127,7 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, numbers passed, gathers and numbers summed of a step of a model of this depth, for each of ``_SAMPLES``."""
+    """Peak bytes, FLOPs, numbers passed, gathers, numbers summed and what tiles add to the peak, for each of ``_SAMPLES``."""
     lens, found = meta_lens(config, (lower, upper)), []
     for samples in _SAMPLES:
         batch = meta_batch(config, lens, samples)
@@ -136,7 +138,8 @@ def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
             FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops,
         ):
             take_step(lens, batch)
-        found.append((live.peak, flops.get_total_flops(), sum(use[0] for use in uses), len(uses), _summed(config, lens, uses)))
+        passed, summed = sum(use[0] for use in uses), _summed(config, lens, uses)
+        found.append((live.peak, flops.get_total_flops(), passed, len(uses), summed, live.tiled - live.peak))
     return found
 
 
@@ -217,7 +220,8 @@ class _Words:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered: the bytes of the tensors that operations made and that are still referred to, and their ``peak``.
+    """While entered: the bytes of the tensors that operations made and that are still referred to, their ``peak``, and it with ``tiled``
+    logits, which live inside the vocabulary operations.
 
     Args:
         module: its parameters and buffers, and views of them, do not count.
@@ -225,7 +229,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.live, self.peak = 0, 0
+        self.live, self.peak, self.tiled = 0, 0, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -234,6 +238,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
         self.peak = max(self.peak, self.live)
+        self.tiled = max(self.tiled, self.live + _tile_bytes(function, args))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -246,6 +251,18 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, name: int, size: int) -> None:
         self._known.discard(name)
         self.live -= size
+
+
+def _tile_bytes(function, args) -> int:
+    """What a vocabulary operation has of float32 logits and their gradients at once."""
+    kind = getattr(function, "overloadpacket", None)
+    if kind is torch.ops.megalens.vocab_divergences:
+        hidden_ND, weight_VD, tiles = args[0], args[2], 2
+    elif kind is torch.ops.megalens.vocab_divergences_backward:
+        hidden_ND, weight_VD, tiles = args[2][0], args[2][2], 2 + sum(args[6][:2])
+    else:
+        return 0
+    return 4 * tiles * tile_size(weight_VD) * len(hidden_ND)
 
 
 @torch.library.custom_op("megalens::planned_attention", mutates_args=())
@@ -329,6 +346,11 @@ def _kl_flops(p_hidden, q_hidden, p_weight, *_, **__) -> int:
     return 2 * _draw_flops(p_hidden, p_weight)
 
 
+def _kl_backward_flops(grads, found, hidden_and_weights, p_bias, q_bias, softcap, wanted, **__) -> int:
+    hidden, _, weight, _ = hidden_and_weights
+    return (2 + sum(wanted[:2])) * _draw_flops(hidden, weight)  # logits again
+
+
 def _attention_flops(query, key, value, *_, **__) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -343,4 +365,5 @@ _FLOPS = {
     torch.ops.megalens.gumbel_embed: _draw_flops,
     torch.ops.megalens.gumbel_embed_backward: _draw_backward_flops,
     torch.ops.megalens.vocab_divergences: _kl_flops,
+    torch.ops.megalens.vocab_divergences_backward: _kl_backward_flops,
 }

@@ -137,7 +137,7 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int, to
         "gather and reduce buffers": buffers,
         "keys and values": rows * step.kv_per_sample,
         "other activations": step.bytes_fixed + rows * (step.bytes_per_sample - step.kv_per_sample),
-        "vocabulary tiles": rows * step.tiles_per_sample,
+        "vocabulary tiles": max(0.0, step.tiles_fixed + rows * step.tiles_per_sample),
     }
     micro_steps = accumulation(config, shares, rows)
     summed = micro_steps * (step.summed_fixed + rows * step.summed_per_sample)
