@@ -25,10 +25,14 @@ def check_ready(config: Config) -> torch.device:
     """
     device = resolve_device(config.device)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % ranks:
-        raise EngineError(f"batch_size={config.batch_size} can not be shared by {ranks} processes; make it a multiple of {ranks}")
-    if config.kl_base_weight and config.batch_size // ranks % 2:
-        share = f"{config.batch_size // ranks} samples to each of {ranks} processes"
+    together = config.fsdp.tensor_ranks
+    if ranks % together:
+        raise EngineError(f"fsdp.tensor_ranks={together} does not divide the {ranks} processes")
+    shares, who = ranks // together, "processes" if together == 1 else f"groups of {together} processes"
+    if config.batch_size % shares:
+        raise EngineError(f"batch_size={config.batch_size} can not be shared by {shares} {who}; make it a multiple of {shares}")
+    if config.kl_base_weight and config.batch_size // shares % 2:
+        share = f"{config.batch_size // shares} samples to each of {shares} {who}"
         raise EngineError(f"batch_size={config.batch_size} gives {share}; kl_base_weight needs an even number")
     if config.deepspeed is not None:
         ds_config.resolve(config, ranks)

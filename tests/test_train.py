@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from megalens import cli
 from megalens.config import load_config
 from megalens.default_experiment import with_experiment
+from megalens.engine import EngineError
+from megalens.preflight import check_ready
 from megalens.resume import sole_training
 from megalens.train import main
 
@@ -120,6 +122,23 @@ def test_two_ranks_with_slices_of_the_blocks_compute_the_same_run(place, alone):
     slices = ["engine=fsdp", "fsdp.tensor_ranks=2"]
     train(place, "config=conf/tiny.yaml", "run_name=slices", *slices, *ALL_TERMS, *TEN_STEPS, launcher=[*TORCHRUN, "2"])
     assert_same_losses(curve(place, "slices"), alone)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "tensor_ranks", "message"),
+    [
+        (6, 4, 1, "batch_size=6 can not be shared by 4 processes"),
+        (6, 4, 2, "batch_size=6 gives 3 samples to each of 2 groups of 2 processes"),
+        (6, 3, 2, "fsdp.tensor_ranks=2 does not divide the 3 processes"),
+        (8, 3, 3, None),
+    ],
+)
+def test_batch_is_shared_by_groups_of_ranks(place, monkeypatch, batch_size, ranks, tensor_ranks, message):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings = ["config=conf/tiny.yaml", "engine=fsdp", f"fsdp.tensor_ranks={tensor_ranks}", f"batch_size={batch_size}", "kl_base_weight=1"]
+    with pytest.raises(EngineError, match=message) if message else contextlib.nullcontext():
+        check_ready(load_config(settings))
 
 
 def test_killed_under_zero_3_and_under_fsdp_it_ends_on_three_ranks_as_the_same_run(place):
