@@ -11,12 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from wandb_server import WandbServer
 
 from megalens import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+
+
+def allocated_by(action) -> int:
+    """The most bytes that PyTorch's CPU allocator had given out at once, beyond what there was."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        action()
+    events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for _, change in events:
+        live += change
+        peak = max(peak, live)
+    return peak
 
 
 @pytest.fixture(scope="session")

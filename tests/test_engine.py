@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import allocated_by
 from torch import nn
 
 from megalens.config import Config, LrMultipliers
 from megalens.engine import EngineError, build_engine, ds_config, state
 from megalens.engine.base import optimizer_groups
+from megalens.engine.local import PART
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +118,14 @@ def test_gradients_of_bf16_micro_batches_are_summed_in_float32():
         (module(make_batch(i), At(1))["loss"] / 8).backward()
     expected = sum(module.head.weight.grad.float() for module in single)
     torch.testing.assert_close(engine.gradients["head.weight"], expected, rtol=1e-6, atol=0)
+
+
+def test_the_gradients_norm_takes_no_copy_of_it_and_is_exact():
+    engine = make_engine()
+    engine.gradient = torch.randn(8 * PART, generator=torch.Generator().manual_seed(0))
+    exact = engine.gradient.double().square().sum().sqrt().item()
+    assert engine._norm().item() == pytest.approx(exact, rel=1e-12)
+    assert allocated_by(engine._norm) < 1.1 * 8 * PART  # one part in float64, of eight in float32
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf")])

@@ -44,11 +44,12 @@ class ZeroEngine(Engine):
                 deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(config, chosen, fused=False),
+            optimizer=build_optimizer(config, chosen, fused=True),
             config=settings,
             dist_init_required=False,
         )
         self.device = self.engine.device
+        self._share_float32_shards()
         for name in self.parameters.keys() & (weights or {}).keys():
             self._set(name, weights[name], None)
 
@@ -120,6 +121,12 @@ class ZeroEngine(Engine):
             if hasattr(self.sharded, attribute):
                 return getattr(self.sharded, attribute)
         raise TypeError(f"{type(self.sharded).__name__} of this DeepSpeed keeps its partitions elsewhere")
+
+    def _share_float32_shards(self) -> None:
+        """Stage 3 steps on float32 copies of its shards even when these are float32 and there already: it compares a device with a name."""
+        for partition, shard in zip(self._partitions(), self.sharded.fp16_partitioned_groups_flat, strict=True) if self._is_stage_3 else ():
+            if shard is not None and (shard.dtype, shard.device, shard.shape) == (partition.dtype, partition.device, partition.shape):
+                partition.data = shard.data
 
     def _forget_gradients(self) -> None:
         """Stage 3 keeps the last gradient of a parameter that gets none in the next step, and would apply it again."""
