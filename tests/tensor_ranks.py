@@ -43,6 +43,15 @@ def batches():
     return [make_batch(draw) for _ in AT]
 
 
+def count_sums(engine, batch) -> tuple[int, int]:
+    """Sums over the ranks of a forward and of its backward pass."""
+    engine.traffic.calls.clear()
+    loss = engine.module(batch, AT[0])["loss"]
+    forward = engine.traffic.calls["all_reduce"]
+    loss.backward()
+    return forward, engine.traffic.calls["all_reduce"] - forward
+
+
 def main(folder: Path) -> None:
     join_ranks(torch.device("cpu"))
     for kind in CASES:
@@ -59,10 +68,11 @@ def main(folder: Path) -> None:
         decode = dict(engine.traffic.calls)
         engine.load_state(place)
         last = engine.train_step([share(batches()[STEPS], *data_share(engine.config))], AT[STEPS], 1.0)
+        sums = count_sums(engine, share(batches()[0], *data_share(engine.config)))
         engine.close()
         if engine.is_main:
             save_file(weights, place / "lens.safetensors")
-            seen = {"metrics": [*metrics, last], "texts": texts, "decode": decode}
+            seen = {"metrics": [*metrics, last], "texts": texts, "decode": decode, "sums": sums}
             (place / "seen.json").write_text(json.dumps(seen))
     leave_ranks()
 
