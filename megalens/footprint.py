@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +44,8 @@ class Footprint:
         bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
         flops_fixed, flops_per_sample: of a step.
         kv_per_sample: bytes of the decode's keys and values, contained in ``bytes_per_sample``.
-        tiles_fixed, tiles_per_sample: bytes by which the vocabulary tiles inside the operations raise that peak; not contained.
+        tiles_fixed, tiles_per_sample: bytes by which operations with the vocabulary, with their tiles of logits, go beyond that peak; less
+            than 0 where they stay below it.
     """
 
     frozen: int
@@ -127,7 +127,7 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, numbers passed, gathers, numbers summed and what tiles add to the peak, for each of ``_SAMPLES``."""
+    """Peak bytes, FLOPs, numbers passed, gathers, numbers summed and what the vocabulary adds to the peak, for each of ``_SAMPLES``."""
     lens, found = meta_lens(config, (lower, upper)), []
     for samples in _SAMPLES:
         batch = meta_batch(config, lens, samples)
@@ -220,15 +220,16 @@ class _Words:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered: the bytes of the tensors that operations made and that are still referred to, their ``peak``, and it with ``tiled``
-    logits, which live inside the vocabulary operations.
+    """While entered: the bytes of the tensors that operations made and that are still referred to, their ``peak``, and the ``tiled`` one:
+    that of operations with the vocabulary, and of the logits that live inside them.
 
     Args:
-        module: its parameters and buffers, and views of them, do not count.
+        module: the lens; its parameters and buffers, and views of them, do not count.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: ConsistencyLens) -> None:
         super().__init__()
+        self._rows = module.subject.lm.vocabulary.in_weight.shape[0]
         self.live, self.peak, self.tiled = 0, 0, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
@@ -238,7 +239,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
         self.peak = max(self.peak, self.live)
-        self.tiled = max(self.tiled, self.live + _tile_bytes(function, args))
+        if any(isinstance(value, torch.Tensor) and self._rows in value.shape for value in tree_leaves(args)):
+            self.tiled = max(self.tiled, self.live + _tile_bytes(function, args))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -317,12 +319,13 @@ def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]
 
 
 def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bool]]) -> int:
-    """A sliced block sums behind its rowwise layers in forward, and before its colwise ones in backward."""
+    """A sliced block sums behind its rowwise layers in forward, and in backward where its colwise ones have one input."""
     if config.fsdp.tensor_ranks == 1:
         return 0
-    kinds = Counter(lens.subject.lm.slicing(1).values())
-    vocabulary = _numel(lens.subject.lm.vocabulary)
-    return sum(result * kinds["colwise" if back else "rowwise"] for size, result, back in uses if size != vocabulary)
+    slicing, vocabulary = lens.subject.lm.slicing(1), _numel(lens.subject.lm.vocabulary)
+    forward = [path for path, kind in slicing.items() if kind == "rowwise"]
+    backward = {path.rpartition(".")[0] for path, kind in slicing.items() if kind == "colwise"}
+    return sum(result * len(backward if back else forward) for size, result, back in uses if size != vocabulary)
 
 
 def _units(lens: ConsistencyLens) -> list[nn.Module]:

@@ -31,7 +31,9 @@ GPUS = {
 NETWORK = 50e9  # bytes per second that each GPU sends to other nodes: 400 Gbit/s, assumed
 RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
 UTILISATION = 0.3  # of the maker's FLOPs, assumed
+AS_FAST = 1.05  # times the fastest: predictions tell no smaller differences
 ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the simplest first
+STATE = ("weights", "masters", "moments", "gradients")
 FILES = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -46,6 +48,7 @@ class Choice:
         shares: how many shares there are of a batch: GPUs, or nodes where the GPUs of one work on the same samples.
         rows: samples of a share in a micro-step.
         memory: bytes per GPU by component.
+        late: bytes of the gradients and buffers in ``memory`` that come when most activations are gone.
         host: bytes per GPU of CPU memory.
         wire: bytes that each GPU sends in an optimizer step; when nothing gathered is used twice (the most there can be).
         inside: bytes of that that never leave the node.
@@ -56,18 +59,24 @@ class Choice:
     shares: int
     rows: int
     memory: dict[str, float]
+    late: float
     host: float
     wire: float
     inside: float
 
     @property
     def total(self) -> float:
-        """Bytes per GPU."""
-        return sum(self.memory.values())
+        """Bytes per GPU: when there are most activations, or when the last gradients have come."""
+        return max(sum(self.memory.values()) - self.late, self.held + self.memory["gather and reduce buffers"])
+
+    @property
+    def held(self) -> float:
+        """Bytes per GPU when the optimizer steps: parameters, gradients and optimizer state."""
+        return sum(self.memory[part] for part in STATE)
 
 
 def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU, nodes: int = 1) -> tuple[Choice | None, list[Choice]]:
-    """The fastest engine and accumulation that fits, the simplest of equals; and all that were tried.
+    """The simplest of the fastest engines and accumulations that fit; and all that were tried.
 
     Args:
         steps: footprints by ``fsdp.tensor_ranks``: of 1, and of those of a node where its GPUs can slice the model.
@@ -86,8 +95,9 @@ def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU, no
             rows, over = divmod(config.batch_size * together, ranks * accumulated)
             if not over and rows >= least and rows % least == 0 and ("tensor" not in engine or together > 1):
                 tried.append(need(config, steps[together], engine, ranks, rows, together))
-    fitting = [choice for choice in tried if choice.total <= limit(gpu)]
-    return min(fitting, key=lambda choice: sum(seconds(config, choice, gpu, nodes).values()), default=None), tried
+    times = {i: sum(seconds(config, choice, gpu, nodes).values()) for i, choice in enumerate(tried) if choice.total <= limit(gpu)}
+    fast_enough = AS_FAST * min(times.values(), default=0.0)
+    return next((tried[i] for i, time in times.items() if time <= fast_enough), None), tried
 
 
 def limit(gpu: GPU) -> float:
@@ -105,45 +115,62 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int, to
         together: GPUs that work on the same samples.
     """
     shares = ranks // together
-    shards = 1 if engine == "tensor" else shares
-    everything, trained, width = step.frozen + step.trained, step.trained, step.width
+    micro_steps = accumulation(config, shares, rows)
     stage = {"local": 0, "z1": 1, "z2": 2}.get(engine, 3)
-    state = {
-        "weights": width * everything,
-        "masters": 0.0 if stage == 0 and width == 4 else 4 * trained / (shards if stage else 1),
-        "moments": 8 * trained / (shards if stage else 1) if config.optimizer == "adamw" else 0.0,
-        "gradients": 4 * trained / (shards if stage >= 2 else 1),
-    }
-    host = 0.0
-    if engine in ("fsdp", "tensor", "fsdp_tensor"):  # what is trained is float32 in its shards, and rounded as it is gathered
-        state["weights"] = width * step.frozen / shards
-        buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
-    else:
-        zero = _zero_options(engine)
-        bucket, prefetched = width * zero("reduce_bucket_size", 5e8), min(zero("stage3_prefetch_bucket_size", 5e7), everything)
-        buffers = {
-            0: 0.0,
-            1: 0.0,
-            2: 2 * min(bucket, width * trained),
-            3: bucket + width * (max(step.block, step.vocabulary) + prefetched),
-        }[stage]
-        if stage == 3:
-            state["weights"] = width * everything / shards
-            state["gradients"] += 4 * min(trained / shards, zero("sub_group_size", 1e9))  # what the optimizer steps on is a copy
-            if engine == "z3_offload":
-                host, state = sum(state.values()), dict.fromkeys(state, 0.0)
-            state["weights"] += width * sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5))
-    memory = state | {
-        "gather and reduce buffers": buffers,
+    tiles = step.tiles_fixed + rows * step.tiles_per_sample
+    kept, late, host = _kept(config, step, engine, 1 if engine == "tensor" else shares, micro_steps, max(0.0, -tiles))
+    memory = kept | {
         "keys and values": rows * step.kv_per_sample,
         "other activations": step.bytes_fixed + rows * (step.bytes_per_sample - step.kv_per_sample),
-        "vocabulary tiles": max(0.0, step.tiles_fixed + rows * step.tiles_per_sample),
+        "vocabulary tiles": max(0.0, tiles),
     }
-    micro_steps = accumulation(config, shares, rows)
     summed = micro_steps * (step.summed_fixed + rows * step.summed_per_sample)
-    inside = 2 * width * summed * (together - 1) / together
+    inside = 2 * step.width * summed * (together - 1) / together
     wire = inside + _wire(step, 0 if engine == "tensor" else stage, shares, micro_steps)
-    return Choice(engine, step, shares, rows, memory, host, wire, inside)
+    return Choice(engine, step, shares, rows, memory, late, host, wire, inside)
+
+
+def _kept(
+    config: Config, step: Footprint, engine: str, shards: int, micro_steps: int, below: float
+) -> tuple[dict[str, float], float, float]:
+    """Bytes by component; of the gradients and buffers that are late (:attr:`Choice.late`); of CPU memory.
+
+    Autograd holds the gradient of what is used more than once until backward has reached its first use, when most activations are gone.
+
+    Args:
+        below: bytes by which the vocabulary at work stays below the peak.
+    """
+    everything, trained, width, shard = step.frozen + step.trained, step.trained, step.width, step.trained / shards
+    moments, fp32 = 8 if config.optimizer == "adamw" else 0, width == 4
+    if engine == "local":
+        return _parts(width * everything, 0 if fp32 else 4 * trained, moments * trained, 4 * trained, 0.0), 0.0, 0.0
+    if "z" not in engine:  # what is trained is float32 in its shards, and rounded as it is gathered
+        buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
+        late = 4 * shard if micro_steps == 1 else 0.0
+        return _parts(width * step.frozen / shards, 4 * shard, moments * shard, 4 * shard, buffers), late, 0.0
+    zero = _zero_options(engine)
+    bucket = zero("reduce_bucket_size", 5e8)
+    if engine == "z1":
+        if not fp32:  # sums float32 gradients, and sends them in the model's dtype, 5e8 at once whatever the file says
+            rounded, bucket = width * trained, (4 + width) * min(trained, 5e8)
+            return _parts(width * everything, 4 * shard, moments * shard, 4 * trained + rounded, bucket), rounded + bucket, 0.0
+        return _parts(width * everything, 4 * shard, moments * shard, 4 * trained + 4 * shard, 4 * bucket), 4 * shard, 0.0
+    if engine == "z2":  # lets go of what autograd gave for its shard when backward is over
+        late = (4 + width if micro_steps == 1 else width) * shard
+        return _parts(width * everything, 4 * shard, moments * shard, 4 * shard, 2 * width * bucket + width * shard), late, 0.0
+    prefetched = min(zero("stage3_prefetch_bucket_size", 5e7), everything)
+    buffers = width * (bucket + prefetched) + max(width * step.block, width * step.vocabulary - below)
+    whole = width * sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5))
+    masters = 0 if fp32 else 4 * shard
+    if engine == "z3_offload":
+        host = width * everything / shards + masters + (moments + 8) * shard
+        return _parts(whole, 0.0, 0.0, 0.0, buffers), 0.0, host
+    again = 4 * min(shard, zero("sub_group_size", 1e9))  # what the optimizer steps on is a copy
+    return _parts(width * everything / shards + whole, masters, moments * shard, 4 * shard + again, buffers), again, 0.0
+
+
+def _parts(weights: float, masters: float, moments: float, gradients: float, buffers: float) -> dict[str, float]:
+    return dict(zip((*STATE, "gather and reduce buffers"), (weights, masters, moments, gradients, buffers), strict=True))
 
 
 def _wire(step: Footprint, stage: int, ranks: int, micro_steps: int) -> float:
@@ -151,7 +178,7 @@ def _wire(step: Footprint, stage: int, ranks: int, micro_steps: int) -> float:
     gradients, back = 4 * step.trained, step.width * step.trained
     sent = {
         0: 2 * gradients,
-        1: 2 * gradients + back,
+        1: 2 * back + back,  # DeepSpeed sums gradients in the model's own dtype
         2: micro_steps * back + back,
         3: micro_steps * (back + step.width * step.passed),
     }[stage]

@@ -4,9 +4,9 @@
     python tools/plan.py table      the tables of docs/scale.md, for the subjects of conf/subjects/
 
 Only the model's config.json is read. gpu is one of a100-40g, a100-80g, h100-80g, h200-141g, b200-180g; tokens is the text read for the dump
-(each seq_len of them give vectors_per_sequence activations), trained on for num_train_epochs. Of what fits, the fastest is taken, as
-predicted: arithmetic at 30 % of the maker's FLOPs, reading weights from memory, sending at 50 GB/s per GPU between nodes, one after the
-other. Exit code 1 when nothing fits.
+(each seq_len of them give vectors_per_sequence activations), trained on for num_train_epochs. Of what fits, the simplest within 5 % of the
+fastest is taken, as predicted: arithmetic at 30 % of the maker's FLOPs, reading weights from memory, sending at 50 GB/s per GPU between
+nodes, one after the other. Exit code 1 when nothing fits.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def report(config: Config, choice: Choice, ranks: int, gpu, nodes: int, tokens: 
         f"({choice.rows} samples per {'GPU' if choice.shares == ranks else f'{ranks // choice.shares} GPUs'} and micro-step)",
         f"memory per GPU: {choice.total / GB:.1f} of {limit(gpu) / GB:.1f} GB that a training can have",
         *(f"  {name:<26}{size / GB:>10.2f} GB" for name, size in choice.memory.items()),
+        *([f"  {'gradients, after the peak':<26}{-choice.late / GB:>10.2f} GB"] if choice.late else []),
         *([f"  host memory per GPU       {choice.host / GB:>10.2f} GB"] if choice.host else []),
         f"sent per GPU and optimizer step: at most {choice.wire / GB:.2f} GB"
         + (f", {choice.inside / GB:.2f} of them inside the node" if choice.inside else ""),
