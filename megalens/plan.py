@@ -144,20 +144,20 @@ def _kept(
     moments, fp32 = 8 if config.optimizer == "adamw" else 0, width == 4
     if engine == "local":
         return _parts(width * everything, 0 if fp32 else 4 * trained, moments * trained, 4 * trained, 0.0), 0.0, 0.0
-    if "z" not in engine:  # what is trained is float32 in its shards, and rounded as it is gathered
+    if not engine.startswith("z"):  # FSDP2: what is trained is float32 in its shards, and rounded as it is gathered
         buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
         late = 4 * shard if micro_steps == 1 else 0.0
         return _parts(width * step.frozen / shards, 4 * shard, moments * shard, 4 * shard, buffers), late, 0.0
     zero = _zero_options(engine)
     bucket = zero("reduce_bucket_size", 5e8)
-    if engine == "z1":
-        if not fp32:  # sums float32 gradients, and sends them in the model's dtype, 5e8 at once whatever the file says
-            rounded, bucket = width * trained, (4 + width) * min(trained, 5e8)
-            return _parts(width * everything, 4 * shard, moments * shard, 4 * trained + rounded, bucket), rounded + bucket, 0.0
-        return _parts(width * everything, 4 * shard, moments * shard, 4 * trained + 4 * shard, 4 * bucket), 4 * shard, 0.0
-    if engine == "z2":  # lets go of what autograd gave for its shard when backward is over
-        late = (4 + width if micro_steps == 1 else width) * shard
-        return _parts(width * everything, 4 * shard, moments * shard, 4 * shard, 2 * width * bucket + width * shard), late, 0.0
+    if engine == "z1" and not fp32:  # sums float32 gradients, and sends them in the model's dtype, 5e8 at once whatever the file says
+        rounded, bucket = width * trained, (4 + width) * min(trained, 5e8)
+        return _parts(width * everything, 4 * shard, moments * shard, 4 * trained + rounded, bucket), rounded + bucket, 0.0
+    if engine in ("z1", "z2"):
+        gradients, own = (8 * shard, 0.0) if fp32 else (4 * shard, width * shard)  # autograd's own are there until backward is over
+        buffers = own + (2 if engine == "z2" else 1) * width * bucket
+        late = own + (gradients if micro_steps == 1 else 0.0)
+        return _parts(width * everything, 4 * shard, moments * shard, gradients, buffers), late, 0.0
     prefetched = min(zero("stage3_prefetch_bucket_size", 5e7), everything)
     buffers = width * (bucket + prefetched) + max(width * step.block, width * step.vocabulary - below)
     whole = width * sum(size for size in step.sizes if size < zero("stage3_param_persistence_threshold", 1e5))

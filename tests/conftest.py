@@ -32,6 +32,11 @@ def allocated_by(action) -> int:
     return peak
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes minutes, or the other processes wait for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder ``data`` as ``python tools/make_tiny.py`` makes it; read only."""

@@ -68,6 +68,7 @@ def run(command):
     assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}"
 
 
+@pytest.mark.minutes
 def test_every_command_and_the_python_run_as_printed(after_make_demo):
     for command in commands():
         if command not in NOT_RUN:

@@ -69,6 +69,14 @@ def test_model_that_can_not_be_sliced_is_refused(tmp_path):
             load_subject(config).lm.slicing(4)
 
 
+def test_plan_that_leaves_a_layer_whole_beside_sliced_ones_is_refused(tmp_path):
+    lm = load_subject(Config(model_name=str(make_model(tmp_path / "llama")), layer_l=1, device="cpu")).lm
+    assert set(lm.slicing(2).values()) == {"colwise", "rowwise"}
+    lm.config.base_model_tp_plan = {path: kind for path, kind in lm.config.base_model_tp_plan.items() if not path.endswith("up_proj")}
+    with pytest.raises(ConfigError, match="models of type 'llama' can not be sliced"):
+        lm.slicing(2)
+
+
 def test_slices_are_for_fsdp_and_not_compiled():
     for keys, message in [({}, "needs engine=fsdp"), ({"engine": "fsdp", "compile": True}, "can not be compiled")]:
         with pytest.raises(ConfigError, match=message):

@@ -271,14 +271,18 @@ class CausalLM(nn.Module):
     def slicing(self, ranks: int) -> dict[str, str]:
         """How ranks can slice a block's layers among them: ``colwise``, ``rowwise`` or ``heads`` by path within the block.
 
+        Where a module's layers are sliced by their outputs, all of its layers are sliced: none reads their input whole.
+
         Raises:
-            ConfigError: transformers has no plan for the family, or the heads can not be shared evenly.
+            ConfigError: transformers has no such plan for the family, or the heads can not be shared evenly.
         """
         plan = getattr(self.config, "base_model_tp_plan", None) or {}
         kinds = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "heads"}
         prefix = f"{self.family.blocks}.*."
         found = {path.removeprefix(prefix): kinds.get(kind) for path, kind in plan.items() if path.startswith(prefix)}
-        if not found or None in found.values():
+        parents = {path.rpartition(".")[0] for path, kind in found.items() if kind == "colwise"}
+        layers = {f"{parent}.{name}" for parent in parents for name in _matrices(self.blocks[0].get_submodule(parent))}
+        if not found or None in found.values() or not layers <= found.keys():
             raise ConfigError(f"models of type '{self.config.model_type}' can not be sliced; set fsdp.tensor_ranks=1")
         heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         if any(count % ranks for count in heads):
@@ -330,6 +334,11 @@ class CausalLM(nn.Module):
         if self.eager:
             return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
         return allowed
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of the linear layers directly in a module."""
+    return [name for name, layer in module.named_children() if getattr(getattr(layer, "weight", None), "ndim", 0) == 2]
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
