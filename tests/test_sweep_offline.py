@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def starts(number):
 def started(number):
     """What the stand-in of a trial's training noted at each start."""
     return Path(f"outputs/sweep-{number:03d}/started").read_text().splitlines()
+
+
+def test_trials_that_end_together_write_the_report_one_after_the_other(sweep_file, monkeypatch):
+    _, work = workers(sweep_file("t_text: {values: [1, 2, 3, 4]}"), jobs=2)
+    both, writing, together = threading.Barrier(2), [], []
+
+    def write():
+        writing.append(1)
+        together.append(len(writing))
+        time.sleep(0.2)
+        writing.pop()
+
+    monkeypatch.setattr(work, "_try", lambda claim, slot: (claim.end(TrialState.COMPLETE, 1.0), claim.leave(), both.wait(60)))
+    work.ended = write
+    assert work.run() == 0
+    assert together == [1, 1, 1, 1]
 
 
 def test_a_grid_of_trainings_killed_and_shared_by_two_processes_runs_each_trial_once(sweep_file, dumped_checkout):

@@ -80,7 +80,7 @@ class Workers:
         search: the sweep.
         jobs: trials at a time; each has a share of the GPUs and cores.
         said: takes lines for the person who watches.
-        ended: called after each trial.
+        ended: called after each trial, by one worker at a time.
     """
 
     def __init__(self, search: Search, jobs: int, said: Callable[[str], None], ended: Callable[[], None]):
@@ -123,7 +123,8 @@ class Workers:
                 claim = self.search.claim()
                 if claim is not None:
                     self._try(claim, slot)
-                    self.ended()
+                    with self._turn:
+                        self.ended()
                 elif self.search.is_over():
                     return
                 else:
