@@ -89,8 +89,8 @@ def prepare(folder: Path, size: str) -> None:
 
 def measure(folder: Path, options: argparse.Namespace, size: str, mode: str) -> list[dict]:
     """The lines of a size and mode."""
-    from megalens import plan
-    from megalens.footprint import footprint
+    from megalens.planning import plan
+    from megalens.planning.footprint import footprint
 
     plan.FILES = folder
     rows, found = SIZES[size][3], {}
@@ -174,8 +174,8 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from megalens.engine import build_engine, shards_weights
+    from megalens.families.loading import check_model
     from megalens.lens.lens import Step, build_lens
-    from megalens.lens.subject import check_model
 
     width = check_model(config).hidden_size
     batch = make_batch(width, *size[1:])

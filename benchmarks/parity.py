@@ -118,7 +118,7 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     import torch
 
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
-    from megalens.engine.files import save_json, save_tensors
+    from megalens.files import save_json, save_tensors
     from megalens.lens.lens import Step, build_lens
 
     rank, ranks = rank_and_size()

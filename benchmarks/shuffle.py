@@ -24,8 +24,8 @@ from megalens.config import load_config  # noqa: E402
 from megalens.data import source  # noqa: E402
 from megalens.data.loader import ActivationLoader, window_bytes_of  # noqa: E402
 from megalens.data.shards import ShardReader  # noqa: E402
-from megalens.track import read_curve  # noqa: E402
 from megalens.train import train  # noqa: E402
+from megalens.training.track import read_curve  # noqa: E402
 
 
 def main() -> None:

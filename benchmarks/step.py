@@ -80,7 +80,7 @@ def make(options: argparse.Namespace, folder: str):
     from megalens.lens import lens as lens_module
     from megalens.lens import verbalizer
     from megalens.lens.lens import Step, build_lens
-    from megalens.lens.reference import ReferenceStep
+    from megalens.objective.reference import ReferenceStep
     from megalens.ops import gumbel_embed, vocab_kl
     from megalens.tiny import make_model
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalens.checkpoint.formats.megalens import load_lens, read_statistics
 from megalens.data.pretokenize import encode
-from megalens.engine.checkpoint import load_lens, read_statistics
 from megalens.evaluate import EvaluationError
-from megalens.evaluate.explain import TokenExplanation, explain_ids
 from megalens.evaluate.metrics import Reference
 from megalens.evaluate.text import to_ids
+from megalens.explain.tokens import TokenExplanation, explain_ids
 from megalens.lens.lens import ConsistencyLens
 
 __all__ = ["Lens", "TokenExplanation"]
@@ -63,7 +63,7 @@ class Lens:
             batch_size: positions at a time.
 
         Returns:
-            ``token``, ``explanation`` and ``fve`` of each token (:class:`~megalens.evaluate.explain.TokenExplanation`).
+            ``token``, ``explanation`` and ``fve`` of each token (:class:`~megalens.explain.tokens.TokenExplanation`).
 
         Raises:
             EvaluationError: the text is empty or too long.

@@ -32,12 +32,12 @@ from megalens import cli  # noqa: E402
 def main(arguments: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from megalens.config import load_config
-    from megalens.default_experiment import with_experiment
     from megalens.engine import join_ranks
-    from megalens.engine.failure import told_once
-    from megalens.preflight import check_ready
-    from megalens.resume import sole_training
+    from megalens.pipeline.default_experiment import with_experiment
     from megalens.sweep.trial import as_trial
+    from megalens.training.failure import told_once
+    from megalens.training.ready import check_ready
+    from megalens.training.start import sole_training
 
     with told_once():
         config = as_trial(load_config(with_experiment(arguments)))
@@ -53,11 +53,13 @@ def train(config) -> int:
     from megalens.data.source import training_loader
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.evaluate.metrics import Reference
+    from megalens.families.loading import subject_fingerprint
     from megalens.lens.lens import build_lens
-    from megalens.lens.subject import subject_fingerprint
-    from megalens.resume import find_start, identity, open_folder
-    from megalens.trainer import Run, Trainer, clock_of, is_finished
-    from megalens.validation import Validator
+    from megalens.training.progress import clock_of, is_finished
+    from megalens.training.start import find_start, identity, open_folder
+    from megalens.training.track import Run
+    from megalens.training.trainer import Trainer
+    from megalens.training.validate import Validator
 
     rank, world_size = rank_and_size()
     folder = open_folder(config, rank)

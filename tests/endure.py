@@ -28,12 +28,14 @@ from dumps import make_dump, quick_processes
 from launched import ALL_TERMS, DEEPSPEED, TORCHRUN, TRAIN, curve, environment, free_port, killed_at, make_place, run
 from tiny_run import make_subject_and_dump, tiny_config
 
+from megalens.checkpoint import CheckpointError
+from megalens.checkpoint.checksums import check_checkpoint
+from megalens.checkpoint.formats.megalens import read_weights
 from megalens.config import Config, config_from_dict
 from megalens.data import DataError
 from megalens.data.dump import dump
 from megalens.data.pretokenize import pretokenize
 from megalens.data.shards import ShardReader, verify
-from megalens.engine.checkpoint import CheckpointError, check_checkpoint, read_weights
 from megalens.tiny import make_model, make_text
 from megalens.train import train
 

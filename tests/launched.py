@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from megalens.track import read_curve
+from megalens.training.track import read_curve
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [sys.executable, "megalens/train.py"]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from megalens.checkpoint.formats.megalens import save_lens
 from megalens.config import config_from_dict
 from megalens.data.dump import dump
 from megalens.data.pretokenize import pretokenize
 from megalens.data.shards import ShardReader
-from megalens.engine.checkpoint import Statistics, save_lens
 from megalens.engine.state import Part
 from megalens.lens.lens import build_lens
+from megalens.statistics import Statistics
 from megalens.tiny import make_model, make_text
 
 SETTINGS = {

@@ -19,7 +19,7 @@ import slurm_cluster
 from conftest import ROOT
 from wandb_client import create, logged, wandb
 
-from megalens.track import read_curve
+from megalens.training.track import read_curve
 
 METRIC = "train/loss"
 AGENTS = """

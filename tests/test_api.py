@@ -9,7 +9,7 @@ import torch
 from saved_lens import make_run
 
 from megalens import Lens, TokenExplanation
-from megalens.engine.checkpoint import CheckpointError
+from megalens.checkpoint import CheckpointError
 from megalens.evaluate import EvaluationError
 
 TEXT = "Arden is a river known since 1300. été 漢字"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalens.config import Config
-from megalens.lens.causal_lm import KVCache
+from megalens.families.cache import KVCache
 from megalens.lens.subject import load_subject
 from megalens.tiny import KINDS, make_model
 

@@ -12,20 +12,15 @@ from endure import flip_checkpoint_bytes
 from safetensors.torch import load_file, save_file
 from tiny_run import make_subject_and_dump, tiny_config
 
+from megalens.checkpoint import CheckpointError
+from megalens.checkpoint.checksums import check_checkpoint
+from megalens.checkpoint.formats.megalens import load_lens, read_statistics, read_weights, save_lens
+from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import ConfigError
-from megalens.engine.checkpoint import (
-    CheckpointError,
-    RunFolder,
-    Statistics,
-    check_checkpoint,
-    load_lens,
-    read_statistics,
-    read_weights,
-    save_lens,
-)
-from megalens.engine.files import point
 from megalens.engine.state import Part
+from megalens.files import point
 from megalens.lens.lens import Step, build_lens
+from megalens.statistics import Statistics
 from megalens.tiny import make_model
 from megalens.train import train
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from megalens.config import documented_yaml, load_config
+from megalens.config import load_config
+from megalens.config.printing import documented_yaml
 
 FILES = sorted((ROOT / "conf").glob("*.yaml"))
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from megalens.config import ConfigError, config_from_dict
 from megalens.data import DataError
 from megalens.data.dump import check, dump
-from megalens.data.files import ChecksumFile
 from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import load_tokens, pretokenize
 from megalens.data.sampling import Plan, hash64
 from megalens.data.shards import ShardReader, verify
+from megalens.files import ChecksumFile, DiskFull
 from megalens.tiny import make_model, make_text
 
 SETTINGS = {"seq_len": 32, "min_pos": 8, "vectors_per_sequence": 3, "batch_size": 8, "rows_per_shard": 40, "rows_per_batch": 16}
@@ -368,8 +368,8 @@ def test_a_disk_that_fills_up_leaves_a_dump_that_goes_on(make_config, monkeypatc
         return plain_write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megalens.data.files.ChecksumFile.write", write)
-        with pytest.raises(DataError, match="no space left on the disk"):
+        patch.setattr("megalens.files.ChecksumFile.write", write)
+        with pytest.raises(DiskFull, match="no space left on the disk"):
             dump(config)
     assert list(config.activation_dir("train").glob("*.arrow"))
     assert not (config.activation_dir("train") / "meta.json").exists()

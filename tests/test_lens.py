@@ -5,9 +5,10 @@ import torch
 
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.lens.lens import Step, build_lens
-from megalens.lens.objective import relative_mse, resample_error, shared_contexts
-from megalens.lens.reference import ReferenceStep
-from megalens.lens.warmstart import read_order, tail_ids
+from megalens.lens.subject import shared_contexts
+from megalens.lens.text import read_order, tail_ids
+from megalens.objective.functions import relative_mse, resample_error
+from megalens.objective.reference import ReferenceStep
 from megalens.ops import noise_keys
 from megalens.tiny import make_model
 

@@ -3,7 +3,7 @@
 import memory_ranks
 import pytest
 
-from megalens import plan
+from megalens.planning import plan
 
 
 @pytest.fixture(scope="module")

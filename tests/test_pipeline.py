@@ -13,7 +13,7 @@ import run_pipeline
 from conftest import ROOT
 
 from megalens.config import ConfigError
-from megalens.data.files import Lock
+from megalens.files import Lock
 
 STAGE = """
 import os, pathlib, signal, sys, time

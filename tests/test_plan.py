@@ -9,9 +9,9 @@ from conftest import ROOT, allocated_by
 
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
-from megalens.footprint import footprint, meta_lens, take_step
 from megalens.lens.lens import build_lens
-from megalens.plan import ENGINES, GPU, choose, need
+from megalens.planning.footprint import footprint, meta_lens, take_step
+from megalens.planning.plan import ENGINES, GPU, choose, need
 from megalens.tiny import make_model
 
 OBJECTIVE = ["config=conf/tiny.yaml", "kl_base_weight=0.1", "lm_base_weight=0.1", "tail_say_weight=0.2", "device=cpu"]

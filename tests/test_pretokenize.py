@@ -12,7 +12,7 @@ from megalens.config import config_from_dict
 from megalens.data import DataError
 from megalens.data.corpus import load_documents
 from megalens.data.pretokenize import encode, is_current, load_tokens, pretokenize
-from megalens.lens.subject import load_tokenizer
+from megalens.families.loading import load_tokenizer
 from megalens.tiny import BOS, EOS, make_model, make_text
 
 

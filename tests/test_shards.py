@@ -19,6 +19,7 @@ from megalens.config import ConfigError
 from megalens.data import DataError
 from megalens.data.moments import Moments
 from megalens.data.shards import ShardReader, ShardWriter, discard, read_meta, verify
+from megalens.files import DiskFull
 
 
 def read_all(folder) -> dict[str, torch.Tensor]:
@@ -228,8 +229,8 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path, monkeypatch):
 
     writer = ShardWriter(tmp_path, header(100))
     writer.begin()
-    monkeypatch.setattr("megalens.data.files.ChecksumFile.write", write)
-    with pytest.raises(DataError, match="no space left"):
+    monkeypatch.setattr("megalens.files.ChecksumFile.write", write)
+    with pytest.raises(DiskFull, match="no space left"):
         writer.write(0, make_rows(100))
     assert not list(tmp_path.glob("*.arrow"))
     assert not list(tmp_path.glob(".work/*.tmp"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from wandb_client import records
 from wandb_server import WandbServer
 
-from megalens.track import read_curve
+from megalens.training.track import read_curve
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = 120

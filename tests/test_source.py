@@ -15,8 +15,8 @@ from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import pretokenize
 from megalens.data.source import ContextReader, training_loader
 from megalens.lens.subject import Subject
-from megalens.track import read_curve
 from megalens.train import main
+from megalens.training.track import read_curve
 
 SMALL = ["activation_dumper.rows_per_shard=100", "activation_dumper.rows_per_batch=16", "device=cpu"]
 TINY = ["config=conf/tiny.yaml", *SMALL, "max_train_steps=6s", "validation.interval=6s", "checkpoint.save_interval=3s"]

@@ -19,7 +19,7 @@ from megalens.sweep import SweepError
 from megalens.sweep.file import read_sweep
 from megalens.sweep.offline import Workers, visible_gpus
 from megalens.sweep.search import Search, point_of
-from megalens.track import read_curve
+from megalens.training.track import read_curve
 
 SWEEP = """
 program: {program}

@@ -11,7 +11,7 @@ from tiny_run import tiny_config
 from wandb_client import records
 
 from megalens.config import Wandb
-from megalens.track import Console, Curve, Tracker, TrackingError, read_curve
+from megalens.training.track import Console, Curve, Tracker, TrackingError, read_curve
 
 
 def test_curve_cut_to_the_lines_that_count_goes_on_exactly_once(tmp_path):

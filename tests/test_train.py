@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from megalens import cli
 from megalens.config import load_config
-from megalens.default_experiment import with_experiment
 from megalens.engine import EngineError
-from megalens.preflight import check_ready
-from megalens.resume import sole_training
+from megalens.pipeline.default_experiment import with_experiment
 from megalens.train import main
+from megalens.training.ready import check_ready
+from megalens.training.start import sole_training
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_starting_anew_removes_the_earlier_checkpoints_and_says_so(place, here):
 
 
 def test_a_second_training_of_the_same_run_is_refused_while_the_first_is_at_work(here, monkeypatch):
-    monkeypatch.setattr("megalens.resume._PATIENCE", 0.3)
+    monkeypatch.setattr("megalens.training.start._PATIENCE", 0.3)
     arguments = ["config=conf/tiny.yaml", "run_name=twice", "max_train_steps=1s"]
     with sole_training(load_config(arguments)):
         line = here(*arguments)

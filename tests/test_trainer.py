@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import make_subject_and_dump, tiny_config
 
-import megalens.trainer
+import megalens.training.trainer
+from megalens.checkpoint import CheckpointError
+from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Checkpoint, EarlyTermination, Validation
-from megalens.engine.checkpoint import CheckpointError, RunFolder
 from megalens.engine.local import LocalEngine
 from megalens.schedule import Clock
-from megalens.track import read_curve
 from megalens.train import train
-from megalens.trainer import TrainingError, clock_of
+from megalens.training.progress import TrainingError, clock_of
+from megalens.training.track import read_curve
 
 
 class Killed(BaseException):
@@ -185,7 +186,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_warned_of(folder, mon
 
 def test_nothing_but_skipped_steps_ends_the_training(folder, monkeypatch):
     config = tiny_config(folder, "hopeless", learning_rate=0.01)
-    monkeypatch.setattr(megalens.trainer, "SKIPS_IN_A_ROW", 3)
+    monkeypatch.setattr(megalens.training.trainer, "SKIPS_IN_A_ROW", 3)
     forward = megalens.lens.lens.ConsistencyLens.forward
 
     def spoilt(self, batch, at):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK = """
 import sys, time, torch
 from megalens.engine import join_ranks
-from megalens.engine.watchdog import Watchdog
+from megalens.training.watchdog import Watchdog
 join_ranks(torch.device("cpu"))
 with Watchdog(2.0) as watchdog:
     for step in range(3):

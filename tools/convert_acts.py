@@ -27,7 +27,7 @@ from megalens.config import Config, ConfigError, load_config
 from megalens.data import DataError
 from megalens.data.pretokenize import tokenizer_identity
 from megalens.data.shards import ShardWriter, read_meta
-from megalens.lens.subject import load_tokenizer, subject_fingerprint
+from megalens.families.loading import load_tokenizer, subject_fingerprint
 
 
 def main(arguments: list[str]) -> None:

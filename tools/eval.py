@@ -19,15 +19,15 @@ from megalens import cli
 
 
 def main(arguments: list[str]) -> None:
+    from megalens.checkpoint.formats.megalens import load_lens, read_about, read_statistics
     from megalens.config import ConfigError, config_from_dict
     from megalens.data.loader import ActivationLoader
-    from megalens.engine.checkpoint import load_lens, read_about, read_statistics
     from megalens.evaluate import report
     from megalens.evaluate.evaluation import evaluate
     from megalens.evaluate.metrics import Reference
     from megalens.evaluate.plots import read_curve
     from megalens.evaluate.table import examples, table
-    from megalens.lens.subject import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
+    from megalens.families.loading import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
 
     named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
     if len(named) != 1:
@@ -59,7 +59,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 def training_length(checkpoint: Path, batch_size: int) -> str | None:
     """How long the lens was trained, in words, where the checkpoint tells."""
-    from megalens.engine.checkpoint import read_json
+    from megalens.checkpoint.checksums import read_json
 
     path = checkpoint / "trainer.json"
     if not path.is_file():

@@ -22,7 +22,7 @@ from megalens import cli
 from megalens.config import Config, ConfigError, config_from_dict
 from megalens.data.loader import ActivationLoader
 from megalens.data.shards import ShardReader
-from megalens.lens.subject import load_tokenizer, tokenizer_fingerprint
+from megalens.families.loading import load_tokenizer, tokenizer_fingerprint
 
 SINK = 5.0
 

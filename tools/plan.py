@@ -16,9 +16,9 @@ from contextlib import suppress
 
 from megalens import cli
 from megalens.config import Config, ConfigError, Fsdp, load_config
-from megalens.footprint import Footprint, footprint
-from megalens.lens.subject import check_model
-from megalens.plan import GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
+from megalens.families.loading import check_model
+from megalens.planning.footprint import Footprint, footprint
+from megalens.planning.plan import GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
 
 GB = 1e9
 DEFAULTS = {"nodes": "1", "gpus_per_node": "8", "gpu": "h100-80g", "tokens": "1e9"}

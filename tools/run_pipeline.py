@@ -29,9 +29,9 @@ from pathlib import Path
 
 from megalens import cli
 from megalens.config import Config, ConfigError, load_config
-from megalens.data.files import Lock
-from megalens.signals import end_with_parent
+from megalens.files import Lock
 from megalens.sweep.trial import any_sweep, as_trial, outside_the_sweep
+from megalens.training.signals import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a warm start must have in common with the training that starts from it: the data and the lens.

@@ -27,12 +27,13 @@ from tqdm import tqdm
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.encoding import bytes_per_value
-from megalens.data.files import Folder
 from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
 from megalens.data.sampling import Plan, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
 from megalens.device import resolve_dtype
-from megalens.lens.subject import Subject, load_subject, subject_fingerprint
+from megalens.families.loading import subject_fingerprint
+from megalens.files import Folder
+from megalens.lens.subject import Subject, load_subject
 
 SPLITS = ("train", "val")
 

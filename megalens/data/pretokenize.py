@@ -16,8 +16,8 @@ import datasets
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.corpus import is_stream, load_documents, processes, source_fingerprint, stream_documents
-from megalens.data.files import Lock, checksum_of, explain_full_disk
-from megalens.lens.subject import load_tokenizer, tokenizer_fingerprint
+from megalens.families.loading import load_tokenizer, tokenizer_fingerprint
+from megalens.files import Lock, checksum, explain_full_disk
 
 VERSION = 1
 _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "doc_id": datasets.Value("int64")})
@@ -116,7 +116,7 @@ def load_tokens(config: Config, split: str) -> datasets.Dataset:
         raise DataError(f"{reason}; {mend}")
     folder = config.pretokenized_dir
     for name, file in json.loads((folder / "meta.json").read_text())["files"].items():
-        if name.startswith(f"{split}/") and checksum_of(folder / name) != file["checksum"]:
+        if name.startswith(f"{split}/") and checksum(folder / name) != file["checksum"]:
             raise DataError(f"{folder / name} does not match its checksum: it is damaged; {mend} force_redump=true")
     return datasets.load_from_disk(str(folder / split))
 
@@ -176,7 +176,7 @@ def _write(config: Config, folder: Path) -> None:
         for cache in folder.glob(f"{split}*.cache"):
             cache.unlink()
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum_of(path)} for path in paths}
+    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths}
     meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from megalens.data import DataError
 from megalens.data.encoding import activation_fields, decode_activation, encode_activation
-from megalens.data.files import Folder, Lock, new_file
 from megalens.data.moments import Moments
+from megalens.files import Folder, Lock, new_file
 
 FORMAT = "megalens-activations"
 VERSION = 1

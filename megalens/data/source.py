@@ -17,7 +17,8 @@ from megalens.data.loader import ActivationLoader
 from megalens.data.moments import Moments
 from megalens.data.pretokenize import load_tokens, tokenizer_identity
 from megalens.data.sampling import Rows
-from megalens.lens.subject import check_model, load_subject, subject_fingerprint
+from megalens.families.loading import check_model, subject_fingerprint
+from megalens.lens.subject import load_subject
 
 _STATISTICS_ROWS = 4096
 

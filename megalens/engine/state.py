@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalens.engine.files import save_tensors
+from megalens.files import save_tensors
 
 FILE_BYTES = 4 * 2**30
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps for each parameter

@@ -15,9 +15,9 @@ from megalens.config import Config
 from megalens.data.loader import ActivationLoader
 from megalens.device import resolve_dtype
 from megalens.evaluate.baselines import partners, rebuilds
-from megalens.evaluate.explain import explain_ids
 from megalens.evaluate.metrics import Reference, figures, join, logit_statistics, mean_where_failed, row_fve, row_statistics
 from megalens.evaluate.text import round_trips, to_texts
+from megalens.explain.tokens import explain_ids
 from megalens.lens.lens import ConsistencyLens
 
 

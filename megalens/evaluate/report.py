@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megalens.data.files import new_file
 from megalens.evaluate.baselines import LABELS
 from megalens.evaluate.evaluation import Result
-from megalens.evaluate.explain import TokenExplanation
 from megalens.evaluate.page import coloured, escape, legend, page, shade
 from megalens.evaluate.plots import curves, intervals
 from megalens.evaluate.table import BLOCKS, describe, number
+from megalens.explain.tokens import TokenExplanation
+from megalens.files import new_file
 
 _DEFINITIONS = {
     "fve_nrm": "share of the variance of the unit-length activations that the rebuilds explain, against the mean of the training ones; "

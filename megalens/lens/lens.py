@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
-from megalens.lens.causal_lm import adapter_start
-from megalens.lens.objective import relative_mse, resample_error, shared_contexts, weighted_sum
+from megalens.families.adapters import adapter_start
+from megalens.families.loading import load_tokenizer
 from megalens.lens.reconstructor import Reconstructor
-from megalens.lens.subject import Read, Subject, load_subject, load_tokenizer
+from megalens.lens.subject import Read, Subject, load_subject, shared_contexts
+from megalens.lens.text import tail_ids
 from megalens.lens.verbalizer import Text, Verbalizer
-from megalens.lens.warmstart import tail_ids
+from megalens.objective.functions import relative_mse, resample_error, weighted_sum
 from megalens.ops import noise_keys, vocab_kl
 
 

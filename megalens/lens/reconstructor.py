@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config
-from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
+from megalens.families.adapters import adapter, add_adapter
+from megalens.families.cache import KVCache
+from megalens.families.causal_lm import CausalLM
+from megalens.lens.text import read_order
 from megalens.lens.verbalizer import PromptEmbedding, StandardisedLinear
-from megalens.lens.warmstart import read_order
 
 
 class Reconstructor(nn.Module):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from megalens.config import Config, ConfigError
+from megalens.config import Config
 from megalens.device import resolve_device, resolve_dtype
-from megalens.lens.causal_lm import CausalLM, KVCache, adapter
-from megalens.lens.weights import WeightFiles, load_without_blocks
+from megalens.families.adapters import adapter
+from megalens.families.cache import KVCache
+from megalens.families.causal_lm import CausalLM
+from megalens.families.loading import check_model, from_pretrained, subject_fingerprint
+from megalens.families.weights import WeightFiles, load_without_blocks
 
 
 @dataclass
@@ -156,80 +155,30 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
     if empty_blocks:
         lm, files = load_without_blocks(config.model_name, settings, device, trust_remote_code=config.trust_remote_code, **options)
         return Subject(lm, config.layer_l, subject_fingerprint(config), files)
-    model = _from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
+    model = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
     lm = CausalLM(model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
     return Subject(lm, config.layer_l, subject_fingerprint(config)).to(device)
 
 
-def load_tokenizer(config: Config):
-    """The subject's tokenizer (or ``tokenizer_name``'s)."""
-    return _from_pretrained(transformers.AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
+def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of a batch whose contexts hold every other row's: several positions of one document need one read.
 
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A short hash of everything that turns text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def subject_fingerprint(config: Config) -> str:
-    """A short hash of the model's settings and weights, without loading them: its config, each weight file's size, header and samples."""
-    folder = _model_folder(config)
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(17):
-                file.seek(i * max(0, size - 65536) // 16)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
-
-
-def _model_folder(config: Config) -> Path:
-    _check_folder(config.model_name)
-    if os.path.isdir(config.model_name):
-        return Path(config.model_name)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(config.model_name, "config.json")).parent
-
-
-def check_model(config: Config):
-    """The model's settings, read without its weights.
-
-    Raises:
-        ConfigError: no such model, or ``layer_l`` is not a block of it.
+    Returns:
+        The rows to read ``[S]``, the longest context of each document, and for each row ``[B]`` which of these holds its own.
+        Every row for itself where documents do not tell (the contexts of one are no beginnings of its longest).
     """
-    settings = _from_pretrained(transformers.AutoConfig, config)
-    blocks = settings.num_hidden_layers
-    if config.layer_l >= blocks:
-        raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
-    return settings
-
-
-def _from_pretrained(factory, settings: Config, name: str | None = None, **options):
-    name = name or settings.model_name
-    _check_folder(name)
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()  # a bar over weight tensors tells a user nothing
-    try:
-        return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        mend = "" if Path(name).is_dir() else f"; fetch it where there is a network (hf download {name}) or name a local folder"
-        raise ConfigError(f"can not load {name}: {reason.removesuffix('.')}{mend}") from None
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _check_folder(name: str) -> None:
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not os.path.isdir(name):
-        maker = {"SmolLM2-135M-Instruct": "prepare_demo", "tiny-llama": "make_tiny"}.get(Path(name).name)
-        raise ConfigError(f"model folder {name} does not exist" + (f"; python tools/{maker}.py makes it" if maker else "; set model_name"))
+    ids_BC, position_B = batch["input_ids"], batch["position"]
+    each = torch.arange(len(position_B), device=position_B.device)
+    if ids_BC.is_meta:  # shapes alone can not tell
+        return each, each
+    doc_S, sequence_B = batch["doc_id"].unique(return_inverse=True)
+    if len(doc_S) == len(each):
+        return each, each
+    rank_B = position_B * len(each) + each
+    longest_S = torch.zeros_like(doc_S, dtype=rank_B.dtype).scatter_reduce(0, sequence_B, rank_B, "amax") % len(each)
+    behind_BC = torch.arange(ids_BC.shape[1], device=ids_BC.device) > position_B[:, None]
+    if not bool(((ids_BC == ids_BC[longest_S[sequence_B]]) | behind_BC).all()):
+        return each, each
+    return longest_S, sequence_B

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalens.config import Config
-from megalens.lens.causal_lm import CausalLM, KVCache, adapter, add_adapter
+from megalens.families.adapters import adapter, add_adapter
+from megalens.families.cache import KVCache
+from megalens.families.causal_lm import CausalLM
 from megalens.ops import gumbel_embed
 
 

@@ -24,14 +24,14 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from megalens.data.shards import read_meta
 from megalens.device import resolve_device
 from megalens.evaluate.plots import read_curve
-from megalens.preflight import check_ready
 from megalens.schedule import duration_steps, parse_duration
-from megalens.signals import end_with_parent
 from megalens.sweep import SweepError
 from megalens.sweep.file import SweepFile
 from megalens.sweep.search import Claim, Search
 from megalens.sweep.trial import OFFLINE, outside_the_sweep
-from megalens.trainer import clock_of
+from megalens.training.progress import clock_of
+from megalens.training.ready import check_ready
+from megalens.training.signals import end_with_parent
 
 _FAILURES = 3  # so many failed trials and not one that ended: the fault is not the parameters'
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from megalens.data.files import new_file
 from megalens.evaluate.page import escape, page
 from megalens.evaluate.plots import read_curve
+from megalens.files import new_file
 from megalens.sweep.file import SweepFile
 from megalens.sweep.offline import command_of, run_name, trial_config
 from megalens.sweep.search import Search, point_of

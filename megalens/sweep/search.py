@@ -17,7 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from megalens.data.files import Lock
+from megalens.files import Lock
 from megalens.sweep import SweepError
 from megalens.sweep.file import Range, SweepFile
 

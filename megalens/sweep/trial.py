@@ -6,14 +6,10 @@ import dataclasses
 import os
 
 from megalens.config import Config
+from megalens.training.track import sweep_id
 
 OFFLINE = "MEGALENS_SWEEP"  # set for the trials of an offline sweep: its name, unlike that of any other
 VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", OFFLINE)
-
-
-def sweep_id() -> str | None:
-    """The W&B sweep that this process is a trial of."""
-    return os.environ.get("WANDB_SWEEP_ID") or None
 
 
 def any_sweep() -> str | None:

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from megalens.config import ConfigError
 from megalens.device import materialise
-from megalens.lens.causal_lm import CausalLM
+from megalens.families.causal_lm import CausalLM
 
 
 class WeightFiles:

@@ -32,28 +32,6 @@ def resample_error(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
     return error_BD.view(-1, 2, error_BD.shape[-1]).flip(1).reshape(error_BD.shape)
 
 
-def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of a batch whose contexts hold every other row's: several positions of one document need one read.
-
-    Returns:
-        The rows to read ``[S]``, the longest context of each document, and for each row ``[B]`` which of these holds its own.
-        Every row for itself where documents do not tell (the contexts of one are no beginnings of its longest).
-    """
-    ids_BC, position_B = batch["input_ids"], batch["position"]
-    each = torch.arange(len(position_B), device=position_B.device)
-    if ids_BC.is_meta:  # shapes alone can not tell
-        return each, each
-    doc_S, sequence_B = batch["doc_id"].unique(return_inverse=True)
-    if len(doc_S) == len(each):
-        return each, each
-    rank_B = position_B * len(each) + each
-    longest_S = torch.zeros_like(doc_S, dtype=rank_B.dtype).scatter_reduce(0, sequence_B, rank_B, "amax") % len(each)
-    behind_BC = torch.arange(ids_BC.shape[1], device=ids_BC.device) > position_B[:, None]
-    if not bool(((ids_BC == ids_BC[longest_S[sequence_B]]) | behind_BC).all()):
-        return each, each
-    return longest_S, sequence_B
-
-
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The loss: what has a weight, times it. A term of weight 0 takes no part in the backward pass."""
     parts = [weights[name] * value for name, value in terms.items() if weights.get(name)]

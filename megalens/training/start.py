@@ -16,22 +16,16 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megalens.checkpoint import CheckpointError
+from megalens.checkpoint.checksums import check_checkpoint, read_json
+from megalens.checkpoint.formats.megalens import check_subject, read_about, read_statistics, read_weights
+from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
-from megalens.data.files import Lock
 from megalens.device import resolve_dtype
 from megalens.engine import rank_and_size
-from megalens.engine.checkpoint import (
-    CheckpointError,
-    RunFolder,
-    Statistics,
-    check_checkpoint,
-    check_subject,
-    read_about,
-    read_json,
-    read_statistics,
-    read_weights,
-)
-from megalens.trainer import TRAINER_VERSION, Progress
+from megalens.files import Lock
+from megalens.statistics import Statistics
+from megalens.training.progress import TRAINER_VERSION, Progress
 
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalens.lens.causal_lm import adapter
+from megalens.families.adapters import adapter
 from megalens.lens.lens import ConsistencyLens, Step
-from megalens.lens.objective import kl_from_logits, relative_mse, resample_error, weighted_sum
+from megalens.objective.functions import kl_from_logits, relative_mse, resample_error, weighted_sum
 from megalens.ops import gumbel_embed, noise_keys
 
 

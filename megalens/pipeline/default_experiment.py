@@ -47,8 +47,8 @@ def _names_engine_only(arguments: list[str]) -> bool:
 def _make_tiny(config: Config) -> None:
     from megalens import tiny
     from megalens.data.dump import dump
-    from megalens.data.files import Lock
     from megalens.data.pretokenize import pretokenize
+    from megalens.files import Lock
 
     model, text = Path(config.model_name), Path(config.dataset.name)
     for path, make in ((model, tiny.make_model), (text, tiny.make_text)):

@@ -13,8 +13,8 @@ from megalens.data.shards import REDUMP
 from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
-from megalens.lens.subject import check_model
-from megalens.resume import source_folder
+from megalens.families.loading import check_model
+from megalens.training.start import source_folder
 
 
 def check_ready(config: Config) -> torch.device:

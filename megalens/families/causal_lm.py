@@ -6,17 +6,15 @@ The blocks are the library's own modules, called with explicit positions, masks 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megalens.config import ConfigError
+from megalens.families.cache import KVCache, joined
 
 
 @dataclass(frozen=True)
@@ -34,51 +32,6 @@ FAMILIES = {
     "gpt2": Family(blocks="h", embedding="wte", norm="ln_f", learned_positions="wpe"),
     "gpt_neox": Family(embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
 }
-
-
-class KVCache:
-    """Keys and values by block, appended to by the blocks' attention (``update`` is the call they make). Differentiable.
-
-    A stored batch of 1 is broadcast to the batch of what is appended, so that a static prompt is run once for all rows.
-
-    Args:
-        room: positions to make room for at the first append; a decode then writes each token into its place, and nothing is copied
-            again. None: an append copies what is there, as compiled blocks always do.
-    """
-
-    def __init__(self, room: int | None = None, parent: KVCache | None = None):
-        self.room = room
-        self.stored: dict[int, tuple[Tensor, Tensor]] = dict(parent.stored) if parent else {}
-        self.buffers: dict[int, tuple[Tensor, Tensor]] = dict(parent.buffers) if parent else {}
-
-    def update(self, key: Tensor, value: Tensor, block: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Append ``[B, heads, Q, head_dim]`` to what block ``block`` holds and return all of it, ``[B, heads, K, head_dim]``."""
-        past, new = self.stored.get(block), (key, value)
-        if past is None:
-            self.stored[block] = new
-        elif self.room is None:
-            self.stored[block] = _joined(past, new)
-        else:
-            if block not in self.buffers:
-                self.buffers[block] = tuple(t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new)
-            self.stored[block] = tuple(
-                _Append.apply((buffer,), _rows(old, new), new) for buffer, old, new in zip(self.buffers[block], past, new, strict=True)
-            )
-        return self.stored[block]
-
-    def length(self, block: int) -> int:
-        """Positions that block ``block`` holds."""
-        return self.stored[block][0].shape[2] if block in self.stored else 0
-
-    def rows(self, rows_B: Tensor) -> KVCache:
-        """A cache of the given rows of this one, for appends that are as wide."""
-        chosen = KVCache()
-        chosen.stored = {block: (key[rows_B], value[rows_B]) for block, (key, value) in self.stored.items()}
-        return chosen
-
-    def fork(self) -> KVCache:
-        """A cache that starts from this one. What it appends stays out of this one, but uses the same room, if there is any yet."""
-        return KVCache(self.room, self)
 
 
 def _call_block(block, hidden_BSD, mask, positions, rotary, argument: str, cache: KVCache | None, index: int) -> Tensor:
@@ -106,37 +59,8 @@ class _OneBlock:
         self.stored = past
 
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        self.stored = (key, value) if self.stored is None else _joined(self.stored, (key, value))
+        self.stored = (key, value) if self.stored is None else joined(self.stored, (key, value))
         return self.stored
-
-
-def _joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (old_key, old_value), (key, value) = past, new
-    return torch.cat([_rows(old_key, key), key], dim=2), torch.cat([_rows(old_value, value), value], dim=2)
-
-
-def _rows(old: Tensor, new: Tensor) -> Tensor:
-    return old.expand(new.shape[0], -1, -1, -1)
-
-
-class _Append(torch.autograd.Function):
-    """``cat([past, new], dim=2)`` as a view of a buffer that holds the past already (or takes it, once)."""
-
-    @staticmethod
-    def forward(ctx, buffers: tuple[Tensor], past: Tensor, new: Tensor) -> Tensor:
-        """The buffer comes in a tuple, hidden from autograd: earlier views of it stay as they are."""
-        (buffer,) = buffers
-        ctx.split = start, end = past.shape[2], past.shape[2] + new.shape[2]
-        if past.data_ptr() != buffer.data_ptr():
-            buffer.data[:, :, :start] = past
-        buffer.data[:, :, start:end] = new
-        return buffer.data[:, :, :end]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """Each part its own."""
-        start, end = ctx.split
-        return None, grad[:, :, :start], grad[:, :, start:end]
 
 
 class Vocabulary(nn.Module):
@@ -342,63 +266,3 @@ def _matrices(module: nn.Module) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
-
-
-def add_adapter(lm: CausalLM, name: str, blocks: range, lora, seed: int) -> dict[str, nn.Parameter]:
-    """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
-
-    Where a layer has no weights yet (it is on the meta device), neither have its adapters: they start as :func:`adapter_start` says.
-
-    Returns the new, trainable parameters by their name within ``lm``; the trainability of all others stays as it was.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-    from transformers.pytorch_utils import Conv1D
-
-    chosen = [lm.blocks[i] for i in blocks]
-    prefixes = tuple(f"{path}." for path, module in lm.model.named_modules() if any(module is block for block in chosen))
-    linear = [p for p, m in lm.model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and p.startswith(prefixes) and ".lora_" not in p]
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted({p.removesuffix(".base_layer") for p in linear})
-    )
-    trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
-        warnings.simplefilter("ignore", UserWarning)
-        inject_adapter_in_model(config, lm.model, adapter_name=name)
-    added = {n: p for n, p in lm.named_parameters() if ".lora_" in n and f".{name}." in n}
-    for n, p in lm.named_parameters():
-        p.requires_grad_(n in added or n in trainable)
-        if n in added:
-            p.data = (p if p.is_meta else adapter_start(seed, n, p.shape)).to(p.device, lm.dtype)
-    lm.adapted = [module for module in lm.model.modules() if isinstance(module, LoraLayer)]
-    for layer in lm.adapted:
-        layer._active_adapter = []
-    return added
-
-
-def adapter_start(seed: int, name: str, shape: torch.Size) -> Tensor:
-    """What a LoRA matrix starts as: a function of the seed and its name, whoever makes it and in whatever order.
-
-    B starts at zero, so that an adapter changes nothing at first; A is uniform within ``1 / sqrt(inputs)``, as peft draws it.
-    """
-    if ".lora_A." not in name:
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    return torch.empty(shape).uniform_(-1.0, 1.0, generator=draw) / shape[1] ** 0.5
-
-
-@contextmanager
-def adapter(lm: CausalLM, name: str | None):
-    """Run the shared base with the adapters called ``name``; without any when None.
-
-    peft's own ``set_adapter`` also flips ``requires_grad``, which must not happen between the roles of one step.
-    """
-    before = [layer._active_adapter for layer in lm.adapted]
-    for layer in lm.adapted:
-        layer._active_adapter = [name] if name else []
-    try:
-        yield
-    finally:
-        for layer, active in zip(lm.adapted, before, strict=True):
-            layer._active_adapter = active

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalens.config import Config, ConfigError
 from megalens.device import resolve_dtype
-from megalens.lens.causal_lm import CausalLM
+from megalens.families.causal_lm import CausalLM
+from megalens.families.loading import check_model, load_tokenizer
 from megalens.lens.lens import ConsistencyLens, Step
-from megalens.lens.subject import Subject, check_model, load_tokenizer
+from megalens.lens.subject import Subject
 from megalens.ops.tile import tile_size
 
 # A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.

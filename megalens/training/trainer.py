@@ -10,117 +10,28 @@ import dataclasses
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
 import torch
 
+from megalens.checkpoint.formats.megalens import save_lens
 from megalens.config import Config
-from megalens.engine.background import Background
 from megalens.engine.base import Engine
-from megalens.engine.checkpoint import RunFolder, Statistics, first_not_finite, save_lens
-from megalens.engine.files import save_json
 from megalens.engine.state import Part
-from megalens.engine.watchdog import Watchdog
+from megalens.files import save_json
 from megalens.lens.lens import Step
-from megalens.schedule import Clock, duration_steps, lr_factor, schedule_value
-from megalens.signals import StopSignals
-from megalens.track import Console, Curve, Tracker
-from megalens.validation import Validator, examples_table
+from megalens.schedule import duration_steps, lr_factor, schedule_value
+from megalens.statistics import Statistics
+from megalens.training.background import Background
+from megalens.training.progress import TRAINER_VERSION, Progress, TrainingError, clock_of, first_not_finite
+from megalens.training.signals import StopSignals
+from megalens.training.track import Run
+from megalens.training.validate import Validator, examples_table
+from megalens.training.watchdog import Watchdog
 
 SKIPS_IN_A_ROW = 50
 GRACE_SECONDS = 30.0  # for a save that is being written when the training fails
-TRAINER_VERSION = 2
-
-
-class TrainingError(ValueError):
-    """The training can not go on. The message is one line and names the mend."""
-
-
-@dataclass
-class Progress:
-    """Where a training stands; kept in a checkpoint's ``trainer.json``.
-
-    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` the optimizer steps that were not finite. ``best`` holds
-    ``[metric, checkpoint name]``, the best first, ``kept`` the ``[step, checkpoint name]`` of those that stay for good. ``window`` sums
-    the training figures since they were last logged.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    validated: int = -1
-    saved: int = -1
-    best: list[list] = field(default_factory=list)
-    kept: list[list] = field(default_factory=list)
-    window: dict[str, float] = field(default_factory=dict)
-    window_size: int = 0
-    curve_lines: int = 0
-    wandb_run: str | None = None
-
-
-@dataclass
-class Run:
-    """What a training writes to; all but the folder on rank 0 only."""
-
-    folder: RunFolder
-    curve: Curve | None = None
-    tracker: Tracker | None = None
-    console: Console | None = None
-
-    @classmethod
-    def open(cls, config: Config, folder: RunFolder, progress: Progress, clock: Clock) -> Run:
-        """For rank 0: go on where ``progress`` stands."""
-        curve = Curve(config.run_dir / "metrics.jsonl", progress.curve_lines)
-        tracker = Tracker(config, progress.wandb_run)
-        progress.wandb_run = tracker.run_id
-        return cls(folder, curve, tracker, Console(config.run_dir.name, clock.last_step, progress.step))
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        """Figures at a micro-step."""
-        if self.curve is not None:
-            self.curve.log(step, figures)
-            self.tracker.log(step, figures)
-
-    def show(self, step: int, **notes: float) -> None:
-        """Progress."""
-        if self.console is not None:
-            self.console.advance(step, **notes)
-
-    def say(self, text: str) -> None:
-        """A line for the person who watches."""
-        if self.console is not None and text:
-            self.console.say(text)
-
-    def close(self, exit_code: int) -> None:
-        """Finish what is written."""
-        if self.console is not None:
-            self.console.close()
-            self.tracker.close(exit_code)
-            self.curve.close()
-
-
-def clock_of(config: Config, steps_per_epoch: int) -> Clock:
-    """The training's clock; its length is cut to whole optimizer steps, and ``early_termination.steps`` rounded up to them.
-
-    Raises:
-        TrainingError: it is shorter than one optimizer step.
-    """
-    accumulation = config.gradient_accumulation_steps
-    length = f"{config.num_train_epochs}e" if config.max_train_steps is None else config.max_train_steps
-    total = duration_steps(length, Clock(steps_per_epoch, accumulation, 0)) // accumulation * accumulation
-    if total == 0:
-        key = "num_train_epochs" if config.max_train_steps is None else "max_train_steps"
-        raise TrainingError(
-            f"{key}={getattr(config, key)} is less than one optimizer step: an epoch is {steps_per_epoch} micro-steps, "
-            f"an optimizer step {accumulation} (gradient_accumulation_steps)"
-        )
-    clock = Clock(steps_per_epoch, accumulation, total)
-    if config.early_termination.steps is None:
-        return clock
-    updates = math.ceil(duration_steps(config.early_termination.steps, clock) / accumulation)
-    return dataclasses.replace(clock, early_end=updates * accumulation)
 
 
 class Trainer:
@@ -337,11 +248,6 @@ class Trainer:
         except OSError:
             run.drop(name)
             raise
-
-
-def is_finished(progress: Progress, clock: Clock) -> bool:
-    """Has a training reached its end, its last validation and save included?"""
-    return progress.step >= clock.last_step and progress.validated == progress.saved == progress.step
 
 
 def _crossed(interval: int, before: int, now: int) -> bool:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from megalens.data import DataError
+
+class DiskFull(ValueError):
+    """No space is left. The message is one line and names the mend."""
 
 
 class ChecksumFile:
@@ -60,7 +66,7 @@ def new_file(path: Path, scratch: Path | None = None) -> Iterator[ChecksumFile]:
         scratch: folder of the unfinished file, on the same disk; None: beside the final one.
 
     Raises:
-        DataError: the disk is full.
+        DiskFull: the disk is full.
     """
     unfinished = (scratch or path.parent) / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
@@ -69,32 +75,23 @@ def new_file(path: Path, scratch: Path | None = None) -> Iterator[ChecksumFile]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise explain_full_disk(error, path.parent) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def explain_full_disk(error: OSError, folder: Path) -> OSError | DataError:
+def explain_full_disk(error: OSError, folder: Path) -> OSError | DiskFull:
     """The error itself, or a readable one when the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
+        return DiskFull(
             f"no space left on the disk of {folder}; free some, or put the data on another disk, and run the same command again"
         )
     return error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum_of(path: Path) -> str:
+def checksum(path: Path) -> str:
     """xxh3_64 of a file, 16 hexadecimal digits."""
     return Folder(path.parent).checksum(path.name)
 
@@ -202,3 +199,46 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
     ours = os.fstat(descriptor)
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or does not let us.
+    """
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, str(path), metadata)
+    except SafetensorError as error:
+        code = errno.ENOSPC if "os error 28" in str(error) else errno.EDQUOT if "os error 122" in str(error) else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, to be read by people too."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same for a folder and all in it."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make ``link`` a relative symbolic link to ``target``, replacing an older one at once."""
+    beside = link.with_name(f".{link.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(beside, link)
+    sync(link.parent)

@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config
-from megalens.sweep.trial import sweep_id
+from megalens.schedule import Clock
+from megalens.training.progress import Progress
 
 _LINE_EVERY = 5.0  # seconds between two progress lines where there is no terminal
 
@@ -191,3 +194,49 @@ def _start(config: Config, run_id: str | None):
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+@dataclass
+class Run:
+    """What a training writes to; all but the folder on rank 0 only."""
+
+    folder: RunFolder
+    curve: Curve | None = None
+    tracker: Tracker | None = None
+    console: Console | None = None
+
+    @classmethod
+    def open(cls, config: Config, folder: RunFolder, progress: Progress, clock: Clock) -> Run:
+        """For rank 0: go on where ``progress`` stands."""
+        curve = Curve(config.run_dir / "metrics.jsonl", progress.curve_lines)
+        tracker = Tracker(config, progress.wandb_run)
+        progress.wandb_run = tracker.run_id
+        return cls(folder, curve, tracker, Console(config.run_dir.name, clock.last_step, progress.step))
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Figures at a micro-step."""
+        if self.curve is not None:
+            self.curve.log(step, figures)
+            self.tracker.log(step, figures)
+
+    def show(self, step: int, **notes: float) -> None:
+        """Progress."""
+        if self.console is not None:
+            self.console.advance(step, **notes)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.console is not None and text:
+            self.console.say(text)
+
+    def close(self, exit_code: int) -> None:
+        """Finish what is written."""
+        if self.console is not None:
+            self.console.close()
+            self.tracker.close(exit_code)
+            self.curve.close()
+
+
+def sweep_id() -> str | None:
+    """The W&B sweep that this process is a trial of."""
+    return os.environ.get("WANDB_SWEEP_ID") or None

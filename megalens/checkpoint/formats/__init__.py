@@ -1,0 +1,1 @@
+"""Formats that a lens can lie in."""

@@ -1,0 +1,192 @@
+"""YAML files and ``key=value`` arguments merged into one checked configuration; every refusal is one line that names the mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megalens.config.rules import validate
+from megalens.config.schema import Config, ConfigError
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Command-line arguments to a checked configuration.
+
+    ``config=FILE`` names a YAML file (default: the built-in defaults); other ``key=value`` or ``--key=value`` arguments
+    override it, the last one winning. ``--deepspeed FILE`` is taken as ``deepspeed=FILE``; ``--local_rank=N`` (from launchers) is ignored.
+
+    Raises:
+        ConfigError: unknown key, wrong type, empty value, missing file, or settings that contradict each other.
+    """
+    arguments = _normalise(arguments)
+    files = [a.split("=", 1)[1] for a in arguments if a.startswith("config=")]
+    overrides = [a for a in arguments if not a.startswith("config=")]
+    if len(files) > 1:
+        raise ConfigError(f"config= is given {len(files)} times; give one file and put what is common in its defaults:")
+    merged = OmegaConf.structured(Config)
+    if files:
+        if not files[0]:
+            raise ConfigError("config= is empty; name a file, e.g. config=conf/demo.yaml")
+        merged = _merge_file(merged, Path(files[0]), ())
+        if merged.run_name is None:
+            merged.run_name = Path(files[0]).stem
+    for argument in overrides:
+        merged = _merge_argument(merged, argument)
+    return _finish(merged)
+
+
+def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
+    """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it."""
+    merged = _merge(OmegaConf.structured(Config), values, "the saved configuration")
+    for argument in _normalise(list(arguments)):
+        merged = _merge_argument(merged, argument)
+    return _finish(merged)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The configuration as YAML that ``config=`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _normalise(arguments: list[str]) -> list[str]:
+    result, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--deepspeed":
+            if not rest:
+                raise ConfigError("--deepspeed wants a file, e.g. --deepspeed ds_configs/z3.json")
+            argument = f"deepspeed={rest.pop(0)}"
+        argument = argument.removeprefix("--")
+        if argument.startswith(("local_rank=", "local-rank=")):
+            continue
+        if argument in _keys(Config):
+            raise ConfigError(f"'{argument}' has no value; write {argument}=VALUE")
+        if "=" not in argument:
+            raise ConfigError(f"'{argument}' is no setting; write key=value" + _nearest(argument, ["config", *_keys(Config)]))
+        result.append(argument)
+    return result
+
+
+def _merge_file(base, path: Path, seen: tuple[Path, ...]):
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1) if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: its defaults lead back to itself")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    except OSError:  # what OmegaConf raises for a file that holds a single number
+        raise ConfigError(f"{path} holds no key: value pairs") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no key: value pairs")
+    parents = values.pop("defaults", None) or []
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: defaults: is a list of file names in the same folder without .yaml, e.g. defaults: [demo_warmstart]")
+    for parent in parents:
+        if parent != "_self_":
+            base = _merge_file(base, path.parent / f"{parent}.yaml", (*seen, path.resolve()))
+    return _merge(base, values, str(path))
+
+
+def _merge_argument(base, argument: str):
+    key, value = argument.split("=", 1)
+    if value == "None":  # how W&B's agent writes a null
+        argument, value = f"{key}=null", "null"
+    if value == "":
+        raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
+    _check_key(key, "the command line")
+    kind = _keys(Config)[key]
+    is_list = str(kind).startswith("list")
+    if value != "null" and "str" in str(kind) and not is_list:  # text as it stands: 001, on and a: b are no numbers, truths or mappings
+        return _merge(base, _nested(key, value), argument)
+    try:
+        return _merge(base, OmegaConf.to_container(OmegaConf.from_dotlist([argument])), argument)
+    except yaml.YAMLError:
+        raise ConfigError(f"{argument}: this is no {kind}") from None
+
+
+def _merge(base, values: dict, where: str):
+    for key, value in _flat(values).items():
+        _check_key(key, where)
+        _check_value(key, value, where)
+    try:
+        return OmegaConf.merge(base, OmegaConf.create(values))
+    except OmegaConfBaseException as error:
+        key = error.full_key if error.full_key and not where.startswith(f"{error.full_key}=") else ""
+        raise ConfigError(": ".join(filter(None, [where, key, _line(error)]))) from None
+
+
+def _check_value(key: str, value, where: str) -> None:
+    """Refuse, in plainer words than OmegaConf's, a value where a section is meant, a null and a list of no list."""
+    kind = _keys(Config)[key]
+    if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+        raise ConfigError(f"{where}: {key} is a section; set its keys, e.g. {key}.{dataclasses.fields(kind)[0].name}=...")
+    if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(kind):
+        raise ConfigError(f"{where}: {key} can not be null")
+    if str(kind).startswith("list") and not isinstance(value, list):
+        raise ConfigError(f"{where}: {key} is a list; write {key}=[a,b,...]")
+
+
+def _check_key(key: str, where: str) -> None:
+    known = _keys(Config)
+    if key not in known:
+        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; an empty section stays a section."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nested(key: str, value) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@functools.cache
+def _keys(cls, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key and its type; a section's type is its dataclass."""
+    keys = {}
+    for name, kind in get_type_hints(cls).items():
+        keys[prefix + name] = kind.__name__ if kind in (bool, int, float, str) else kind
+        if dataclasses.is_dataclass(kind):
+            keys |= _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+    section, _, last = key.rpartition(".")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
+    near = [name for name, leaf in leaves.items() if last and last in (leaf, "".join(word[:1] for word in leaf.split("_")))]
+    near += [siblings[leaf] for leaf in difflib.get_close_matches(last, siblings, 1, 0.5)]
+    near += difflib.get_close_matches(key, leaves, 1, 0.6)
+    return f"; did you mean '{near[0]}'?" if near else "; conf/config.yaml lists every key"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _finish(merged) -> Config:
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_line(error)) from None
+    validate(config)
+    return config

@@ -1,0 +1,1 @@
+"""What a lens says of activations, and what else could be said."""

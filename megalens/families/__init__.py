@@ -1,0 +1,1 @@
+"""Language models of every make, walked block by block in one way."""

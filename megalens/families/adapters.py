@@ -1,0 +1,72 @@
+"""LoRA adapters of several roles on one shared, frozen base: put there once, switched on for the time of a call."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from megalens.families.causal_lm import CausalLM
+
+
+def add_adapter(lm: CausalLM, name: str, blocks: range, lora, seed: int) -> dict[str, nn.Parameter]:
+    """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
+
+    Where a layer has no weights yet (it is on the meta device), neither have its adapters: they start as :func:`adapter_start` says.
+
+    Returns the new, trainable parameters by their name within ``lm``; the trainability of all others stays as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
+    chosen = [lm.blocks[i] for i in blocks]
+    prefixes = tuple(f"{path}." for path, module in lm.model.named_modules() if any(module is block for block in chosen))
+    linear = [p for p, m in lm.model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and p.startswith(prefixes) and ".lora_" not in p]
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted({p.removesuffix(".base_layer") for p in linear})
+    )
+    trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, lm.model, adapter_name=name)
+    added = {n: p for n, p in lm.named_parameters() if ".lora_" in n and f".{name}." in n}
+    for n, p in lm.named_parameters():
+        p.requires_grad_(n in added or n in trainable)
+        if n in added:
+            p.data = (p if p.is_meta else adapter_start(seed, n, p.shape)).to(p.device, lm.dtype)
+    lm.adapted = [module for module in lm.model.modules() if isinstance(module, LoraLayer)]
+    for layer in lm.adapted:
+        layer._active_adapter = []
+    return added
+
+
+def adapter_start(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """What a LoRA matrix starts as: a function of the seed and its name, whoever makes it and in whatever order.
+
+    B starts at zero, so that an adapter changes nothing at first; A is uniform within ``1 / sqrt(inputs)``, as peft draws it.
+    """
+    if ".lora_A." not in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.empty(shape).uniform_(-1.0, 1.0, generator=draw) / shape[1] ** 0.5
+
+
+@contextmanager
+def adapter(lm: CausalLM, name: str | None):
+    """Run the shared base with the adapters called ``name``; without any when None.
+
+    peft's own ``set_adapter`` also flips ``requires_grad``, which must not happen between the roles of one step.
+    """
+    before = [layer._active_adapter for layer in lm.adapted]
+    for layer in lm.adapted:
+        layer._active_adapter = [name] if name else []
+    try:
+        yield
+    finally:
+        for layer, active in zip(lm.adapted, before, strict=True):
+            layer._active_adapter = active

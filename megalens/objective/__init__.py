@@ -1,0 +1,1 @@
+"""What trains a lens: the terms of its loss."""

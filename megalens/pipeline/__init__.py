@@ -1,0 +1,1 @@
+"""Stages from text to lens, run in order."""

@@ -1,0 +1,1 @@
+"""One training: where it starts, its loop, what it measures and writes, how it stops."""

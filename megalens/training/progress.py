@@ -1,0 +1,74 @@
+"""Where a training stands, and how long it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megalens.config import Config
+from megalens.schedule import Clock, duration_steps
+
+
+def first_not_finite(weights: dict[str, Tensor]) -> str | None:
+    """The first weight that holds NaN or infinity."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+
+
+TRAINER_VERSION = 2
+
+
+class TrainingError(ValueError):
+    """The training can not go on. The message is one line and names the mend."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands; kept in a checkpoint's ``trainer.json``.
+
+    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` the optimizer steps that were not finite. ``best`` holds
+    ``[metric, checkpoint name]``, the best first, ``kept`` the ``[step, checkpoint name]`` of those that stay for good. ``window`` sums
+    the training figures since they were last logged.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    validated: int = -1
+    saved: int = -1
+    best: list[list] = field(default_factory=list)
+    kept: list[list] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)
+    window_size: int = 0
+    curve_lines: int = 0
+    wandb_run: str | None = None
+
+
+def clock_of(config: Config, steps_per_epoch: int) -> Clock:
+    """The training's clock; its length is cut to whole optimizer steps, and ``early_termination.steps`` rounded up to them.
+
+    Raises:
+        TrainingError: it is shorter than one optimizer step.
+    """
+    accumulation = config.gradient_accumulation_steps
+    length = f"{config.num_train_epochs}e" if config.max_train_steps is None else config.max_train_steps
+    total = duration_steps(length, Clock(steps_per_epoch, accumulation, 0)) // accumulation * accumulation
+    if total == 0:
+        key = "num_train_epochs" if config.max_train_steps is None else "max_train_steps"
+        raise TrainingError(
+            f"{key}={getattr(config, key)} is less than one optimizer step: an epoch is {steps_per_epoch} micro-steps, "
+            f"an optimizer step {accumulation} (gradient_accumulation_steps)"
+        )
+    clock = Clock(steps_per_epoch, accumulation, total)
+    if config.early_termination.steps is None:
+        return clock
+    updates = math.ceil(duration_steps(config.early_termination.steps, clock) / accumulation)
+    return dataclasses.replace(clock, early_end=updates * accumulation)
+
+
+def is_finished(progress: Progress, clock: Clock) -> bool:
+    """Has a training reached its end, its last validation and save included?"""
+    return progress.step >= clock.last_step and progress.validated == progress.saved == progress.step
