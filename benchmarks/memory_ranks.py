@@ -175,7 +175,7 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
 
     from megalens.engine import build_engine, shards_weights
     from megalens.families.loading import check_model
-    from megalens.lens.lens import Step, build_lens
+    from megalens.objective import Step, build_lens
 
     width = check_model(config).hidden_size
     batch = make_batch(width, *size[1:])
@@ -191,12 +191,12 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
             lens = build_lens(config, torch.zeros(width), torch.ones(width), empty_blocks=shards_weights(config))
             whole = largest(lens)
             engine = build_engine(config, lens, lens.parameter_groups())
-        engine.train_step([batch], Step(0, tau=1.0, alpha=0.5), 1.0)
+        engine.train_step([batch], Step.fixed(config, 0, alpha_schedule=0.5))
         before = tensor_bytes()
         with record_function("mark: step"):
-            engine.train_step([batch], Step(1, tau=1.0, alpha=0.5), 1.0)
+            engine.train_step([batch], Step.fixed(config, 1, alpha_schedule=0.5))
     hook = register_optimizer_step_pre_hook(hold)
-    engine.train_step([batch], Step(2, tau=1.0, alpha=0.5), 1.0)
+    engine.train_step([batch], Step.fixed(config, 2, alpha_schedule=0.5))
     hook.remove()
     engine.close()
     marks, changes = {}, []

@@ -119,7 +119,7 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
 
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.files import save_json, save_tensors
-    from megalens.lens.lens import Step, build_lens
+    from megalens.objective import Step, build_lens
 
     rank, ranks = rank_and_size()
     config, draw = configure(folder, mode, name), torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     losses = []
     for update in range(steps):
         batches = [share(make_batch(draw), *data_share(config)) for _ in range(2)]
-        losses.append(engine.train_step(batches, Step(update, tau=1.0, alpha=0.5), 1.0)["loss"])
+        losses.append(engine.train_step(batches, Step.fixed(config, update, alpha_schedule=0.5))["loss"])
     weights = engine.full_state(lens.lens_state_names())
     calls = {kind: count // steps for kind, count in engine.traffic.calls.items()}
     engine.close()

@@ -77,9 +77,8 @@ def make(options: argparse.Namespace, folder: str):
 
     from megalens.config import Config, ConfigError
     from megalens.engine.local import LocalEngine
-    from megalens.lens import lens as lens_module
     from megalens.lens import verbalizer
-    from megalens.lens.lens import Step, build_lens
+    from megalens.objective import Step, build_lens, round_trip
     from megalens.objective.reference import ReferenceStep
     from megalens.ops import gumbel_embed, vocab_kl
     from megalens.tiny import make_model
@@ -108,13 +107,14 @@ def make(options: argparse.Namespace, folder: str):
     }
     batch["activation"] = lens.subject.read(batch["input_ids"], batch["position"]).activation_BD.float()
     engine = LocalEngine(config, lens, lens.parameter_groups())
+    at = Step.fixed(config, alpha_schedule=1.0)
     modules = {"ours": lens, "naive": lens, "plain": ReferenceStep(lens)}
     if options.side == "naive":
-        verbalizer.gumbel_embed, lens_module.vocab_kl = partial(gumbel_embed, impl="reference"), partial(vocab_kl, impl="reference")
+        verbalizer.gumbel_embed, round_trip.vocab_kl = partial(gumbel_embed, impl="reference"), partial(vocab_kl, impl="reference")
 
     def step(side: str) -> None:
         engine.module = modules[side]
-        engine.train_step([batch], Step(0, 1.0, 1.0), 1.0)
+        engine.train_step([batch], at)
 
     return lens, batch, step
 

@@ -64,11 +64,13 @@ def schedule_value(schedule, step: int, clock: Clock) -> float:
 
     ``constant`` is ``value`` throughout. The others hold ``start_value`` for ``constant_steps_before_decay``, then go to
     ``end_value`` over ``num_steps`` (``-1``: until the training's end): ``linear`` straight, ``cosine`` along half a
-    cosine, ``exponential`` in equal ratios.
+    cosine, ``exponential`` in equal ratios; ``step`` goes there at once.
     """
     if schedule.type == "constant":
         return schedule.value
     held = duration_steps(schedule.constant_steps_before_decay, clock)
+    if schedule.type == "step":
+        return schedule.start_value if step < held else schedule.end_value
     length = clock.total_steps - held if str(schedule.num_steps) == "-1" else duration_steps(schedule.num_steps, clock)
     progress = 1.0 if step >= held + length else max(0.0, (step - held) / max(1, length))
     start, end = schedule.start_value, schedule.end_value

@@ -54,7 +54,7 @@ def train(config) -> int:
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.evaluate.metrics import Reference
     from megalens.families.loading import subject_fingerprint
-    from megalens.lens.lens import build_lens
+    from megalens.objective import build_lens
     from megalens.training.progress import clock_of, is_finished
     from megalens.training.start import find_start, identity, open_folder
     from megalens.training.track import Run

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_engine import NAMES, At, FakeLens, make_batch
+from test_engine import GROUPS, NAMES, At, FakeLens, make_batch
 
 from megalens.config import Config, Fsdp
 from megalens.engine import build_engine, join_ranks, leave_ranks
@@ -43,7 +43,8 @@ def share(batch, engine):
 def step(engine, update):
     spoil = [0.0] * 7 + [math.nan if update == SPOILT else 0.0]  # only the last rank sees it
     batches = [make_batch(2 * update + i, 8) | {"spoil": torch.tensor(spoil)} for i in range(2)]
-    return engine.train_step([share(batch, engine) for batch in batches], At(update), 0.5)
+    engine.set_rates(dict.fromkeys(GROUPS, 0.005))
+    return engine.train_step([share(batch, engine) for batch in batches], At(update))
 
 
 def run(stage, dtype, folder):

@@ -13,7 +13,7 @@ from megalens.data.dump import dump
 from megalens.data.pretokenize import pretokenize
 from megalens.data.shards import ShardReader
 from megalens.engine.state import Part
-from megalens.lens.lens import build_lens
+from megalens.objective import build_lens
 from megalens.statistics import Statistics
 from megalens.tiny import make_model, make_text
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megalens.config import config_from_dict
 from megalens.engine import build_engine, data_share, join_ranks, leave_ranks, shards_weights
-from megalens.lens.lens import Step, build_lens
+from megalens.objective import Step, build_lens
 
 CASES = {  # shards of the slices on the other two ranks, or copies
     "llama": {"train_mode": "lora"},
@@ -22,7 +22,6 @@ CASES = {  # shards of the slices on the other two ranks, or copies
     "gpt_neox": {"train_mode": "lora", "fsdp": {"shard_ranks": 2}},  # biases, and queries, keys and values in one matrix
 }
 STEPS = 3
-AT = [Step(update, tau=1.0, alpha=0.5) for update in range(STEPS + 1)]
 
 
 def build(folder: Path, kind: str, tensor_ranks: int = 1):
@@ -40,13 +39,18 @@ def build(folder: Path, kind: str, tensor_ranks: int = 1):
 def batches():
     """The same for every training."""
     draw = torch.Generator().manual_seed(0)
-    return [make_batch(draw) for _ in AT]
+    return [make_batch(draw) for _ in range(STEPS + 1)]
+
+
+def at(engine, update: int) -> Step:
+    """An optimizer step of every training."""
+    return Step.fixed(engine.config, update, alpha_schedule=0.5)
 
 
 def count_sums(engine, batch) -> tuple[int, int]:
     """Sums over the ranks of a forward and of its backward pass."""
     engine.traffic.calls.clear()
-    loss = engine.module(batch, AT[0])["loss"]
+    loss = engine.module(batch, at(engine, 0))["loss"]
     forward = engine.traffic.calls["all_reduce"]
     loss.backward()
     return forward, engine.traffic.calls["all_reduce"] - forward
@@ -57,8 +61,8 @@ def main(folder: Path) -> None:
     for kind in CASES:
         lens, engine = build(folder, kind, tensor_ranks=2)
         metrics, place = [], folder / f"{kind}-saved"
-        for update, batch in zip(AT[:STEPS], batches(), strict=False):
-            metrics.append(engine.train_step([share(batch, *data_share(engine.config))], update, 1.0))
+        for update, batch in enumerate(batches()[:STEPS]):
+            metrics.append(engine.train_step([share(batch, *data_share(engine.config))], at(engine, update)))
         weights = engine.full_state(lens.lens_state_names())
         place.mkdir(exist_ok=True)
         engine.optimizer_part().write(place, "optimizer")
@@ -67,7 +71,7 @@ def main(folder: Path) -> None:
         texts = lens.verbalize(batches()[0]["activation"][:2]).tolist()
         decode = dict(engine.traffic.calls)
         engine.load_state(place)
-        last = engine.train_step([share(batches()[STEPS], *data_share(engine.config))], AT[STEPS], 1.0)
+        last = engine.train_step([share(batches()[STEPS], *data_share(engine.config))], at(engine, STEPS))
         sums = count_sums(engine, share(batches()[0], *data_share(engine.config)))
         engine.close()
         if engine.is_main:

@@ -12,7 +12,7 @@ from megalens.evaluate.evaluation import evaluate
 from megalens.evaluate.metrics import Reference
 from megalens.evaluate.table import examples, table
 from megalens.evaluate.text import is_text, pad, pieces, round_trips, to_ids, to_texts, visible
-from megalens.lens.lens import build_lens
+from megalens.objective import build_lens
 from megalens.tiny import make_model, make_text
 
 MIN_POS = 6

@@ -19,7 +19,7 @@ from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import ConfigError
 from megalens.engine.state import Part
 from megalens.files import point
-from megalens.lens.lens import Step, build_lens
+from megalens.objective import Step, build_lens
 from megalens.statistics import Statistics
 from megalens.tiny import make_model
 from megalens.train import train
@@ -54,7 +54,7 @@ def test_loaded_lens_is_the_saved_one(saved):
     a_BD = torch.randn(4, 64)
     batch = {"activation": a_BD, "input_ids": torch.arange(48).view(4, 12), "position": torch.full((4,), 9), "sample_id": torch.arange(4)}
     assert torch.equal(loaded.verbalize(a_BD), lens.eval().verbalize(a_BD))
-    assert torch.equal(loaded(batch, Step(0, 1.0, 1.0))["loss"], lens(batch, Step(0, 1.0, 1.0))["loss"])
+    assert torch.equal(loaded(batch, Step.fixed(lens.config))["loss"], lens(batch, Step.fixed(lens.config))["loss"])
     assert not loaded.training
     assert torch.equal(loaded.mean, statistics.mean)
     assert torch.equal(read_statistics(folder).mean_normalised, statistics.mean_normalised)

@@ -1,12 +1,10 @@
 """The files in conf/: all load, all are about existing keys, and none repeats a default."""
 
-import dataclasses
-
 import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from megalens.config import load_config
+from megalens.config import config_to_dict, load_config
 from megalens.config.printing import documented_yaml
 
 FILES = sorted((ROOT / "conf").glob("*.yaml"))
@@ -48,7 +46,7 @@ ROOTS = [
 @pytest.mark.parametrize("root", ROOTS, ids=lambda path: path.stem)
 def test_experiments_without_parents_name_only_what_they_change(root):
     """But for config.yaml, which lists everything, and the seed's experiment, which pins the seed's values."""
-    defaults = dict(flat(dataclasses.asdict(load_config(["run_name=x"]))))
+    defaults = dict(flat(config_to_dict(load_config(["run_name=x"]))))
     repeated = [key for key, value in flat(OmegaConf.to_container(OmegaConf.load(root))) if defaults[key] == value]
     assert repeated == []
 
@@ -78,8 +76,8 @@ def test_the_seeds_experiment_has_the_seeds_values():
 def test_the_demo_starts_from_its_warm_start_on_the_same_data():
     demo, warm = (load_config([f"config={ROOT / 'conf' / name}.yaml"]) for name in ("demo", "demo_warmstart"))
     assert demo.init_from == "conf/demo_warmstart.yaml"
-    assert warm.tail_say_weight > 0
-    assert warm.tail_read_weight > 0
+    assert warm.tail_say_weight
+    assert warm.tail_read_weight
     same = [
         "model_name",
         "layer_l",

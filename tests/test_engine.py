@@ -14,7 +14,7 @@ import torch
 from conftest import allocated_by
 from torch import nn
 
-from megalens.config import Config, LrMultipliers
+from megalens.config import Config
 from megalens.engine import EngineError, build_engine, ds_config, state
 from megalens.engine.base import optimizer_groups
 from megalens.engine.local import PART
@@ -49,7 +49,7 @@ class FakeLens(nn.Module):
 
     def parameter_groups(self):
         heads = {"head.weight": self.head.weight, "head.bias": self.head.bias}
-        return {"projection_layers": heads, "prompts": {"prompt": self.prompt}, "base_model": {"adapter.weight": self.adapter.weight}}
+        return {"head": heads, "prompt": {"prompt": self.prompt}, "adapters": {"adapter.weight": self.adapter.weight}}
 
 
 def make_batch(seed, rows=4, spoil=0.0):
@@ -62,6 +62,7 @@ def make_engine(dtype=torch.float32, weights=None, **keys):
     return build_engine(config, module, module.parameter_groups(), weights)
 
 
+GROUPS = ["head", "prompt", "adapters"]
 NAMES = ["prompt", "head.weight", "head.bias", "adapter.weight"]
 
 
@@ -71,7 +72,8 @@ def test_step_equals_plain_adamw_on_the_whole_batch():
     plain = torch.optim.AdamW(options, betas=(0.9, 0.95), fused=True)
     for update in range(3):
         halves = [make_batch(2 * update), make_batch(2 * update + 1)]
-        metrics = engine.train_step(halves, At(update), 0.5)
+        engine.set_rates(dict.fromkeys(GROUPS, 0.005))
+        metrics = engine.train_step(halves, At(update))
         whole = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
         loss = module(whole, At(update))["loss"]
         loss.backward()
@@ -89,21 +91,35 @@ def test_step_equals_plain_adamw_on_the_whole_batch():
         torch.testing.assert_close(value, dict(module.named_parameters())[name].detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_weight_decay_is_for_matrices_and_multipliers_for_groups():
+def test_weight_decay_is_for_matrices_but_not_of_prompts():
     module = FakeLens()
-    config = Config(weight_decay=0.1, learning_rate=0.01, custom_lr_multipliers=LrMultipliers(prompts=3.0))
+    config = Config(weight_decay=0.1, learning_rate=0.01)
     decay = {id(p): group["weight_decay"] for group in optimizer_groups(config, module.parameter_groups()) for p in group["params"]}
-    rate = {id(p): group["lr"] for group in optimizer_groups(config, module.parameter_groups()) for p in group["params"]}
     assert [decay[id(p)] for p in (module.head.weight, module.head.bias, module.prompt, module.adapter.weight)] == [0.1, 0, 0, 0.1]
-    assert rate[id(module.prompt)] == pytest.approx(0.03)
     assert id(module.base.weight) not in decay
+
+
+@pytest.mark.parametrize("frozen", GROUPS)
+def test_a_group_at_rate_zero_stays_and_moves_again_at_a_rate(frozen):
+    engine = make_engine()
+    before = engine.full_state(NAMES)
+    engine.set_rates({group: 0.0 if group == frozen else 0.01 for group in GROUPS})
+    engine.train_step([make_batch(1)], At(1))
+    members = engine.module.parameter_groups()
+    for group in GROUPS:
+        for name in members[group]:
+            assert torch.equal(before[name], engine.full_state([name])[name]) == (group == frozen), name
+    engine.set_rates(dict.fromkeys(GROUPS, 0.01))
+    engine.train_step([make_batch(1)], At(1))
+    assert all(not torch.equal(before[name], value) for name, value in engine.full_state(list(members[frozen])).items())
 
 
 def test_bf16_module_is_moved_through_float32_masters():
     engine = make_engine(torch.bfloat16)
     before = engine.full_state(NAMES)
     for update in range(4):
-        engine.train_step([make_batch(update)], At(update), 1e-3)  # steps far below bf16's resolution
+        engine.set_rates(dict.fromkeys(GROUPS, 1e-5))  # steps far below bf16's resolution
+        engine.train_step([make_batch(update)], At(update))
     after = engine.full_state(NAMES)
     assert all(not torch.equal(before[name], after[name]) for name in NAMES)
     for name in NAMES:
@@ -112,7 +128,8 @@ def test_bf16_module_is_moved_through_float32_masters():
 
 def test_gradients_of_bf16_micro_batches_are_summed_in_float32():
     engine = make_engine(torch.bfloat16, grad_clip=0.0)
-    engine.train_step([make_batch(i) for i in range(8)], At(1), 0.0)
+    engine.set_rates(dict.fromkeys(GROUPS, 0.0))
+    engine.train_step([make_batch(i) for i in range(8)], At(1))
     single = [copy.deepcopy(FakeLens(torch.bfloat16)) for _ in range(8)]
     for i, module in enumerate(single):
         (module(make_batch(i), At(1))["loss"] / 8).backward()
@@ -131,25 +148,25 @@ def test_the_gradients_norm_takes_no_copy_of_it_and_is_exact():
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
 def test_step_that_is_not_finite_changes_nothing_and_is_counted(spoil):
     engine = make_engine()
-    engine.train_step([make_batch(0)], At(0), 1.0)
+    engine.train_step([make_batch(0)], At(0))
     before, state = engine.full_state(NAMES), copy.deepcopy(engine.optimizer.state_dict())
-    metrics = engine.train_step([make_batch(1), make_batch(2, spoil=spoil)], At(1), 1.0)
+    metrics = engine.train_step([make_batch(1), make_batch(2, spoil=spoil)], At(1))
     assert metrics["skipped"] == 1
     assert all(torch.equal(before[name], value) for name, value in engine.full_state(NAMES).items())
     assert engine.optimizer.state_dict()["state"][0]["step"] == state["state"][0]["step"]
-    assert engine.train_step([make_batch(3)], At(2), 1.0)["skipped"] == 0
+    assert engine.train_step([make_batch(3)], At(2))["skipped"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_engine_goes_on_bitwise(tmp_path, dtype):
     engine = make_engine(dtype)
     for update in range(3):
-        engine.train_step([make_batch(update)], At(update), 1.0)
+        engine.train_step([make_batch(update)], At(update))
     engine.optimizer_part().write(tmp_path, "optimizer")
     other = make_engine(dtype, weights=engine.full_state(NAMES))
     other.load_state(tmp_path)
     for update in range(3, 6):
-        assert engine.train_step([make_batch(update)], At(update), 1.0) == other.train_step([make_batch(update)], At(update), 1.0)
+        assert engine.train_step([make_batch(update)], At(update)) == other.train_step([make_batch(update)], At(update))
     mine, theirs = engine.full_state(NAMES), other.full_state(NAMES)
     assert all(torch.equal(mine[name], theirs[name]) for name in NAMES)
 
@@ -159,7 +176,7 @@ def test_state_saved_before_the_first_step_is_a_fresh_one(tmp_path):
     engine.optimizer_part().write(tmp_path, "optimizer")
     other = make_engine()
     other.load_state(tmp_path)
-    assert engine.train_step([make_batch(0)], At(1), 1.0) == other.train_step([make_batch(0)], At(1), 1.0)
+    assert engine.train_step([make_batch(0)], At(1)) == other.train_step([make_batch(0)], At(1))
     assert all(torch.equal(value, other.full_state(NAMES)[name]) for name, value in engine.full_state(NAMES).items())
 
 
@@ -169,7 +186,7 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
     module = FakeLens()
     module.head.bias.requires_grad_(False)
     groups = module.parameter_groups()
-    del groups["projection_layers"]["head.bias"]
+    del groups["head"]["head.bias"]
     other = build_engine(Config(device="cpu"), module, groups)
     with pytest.raises(EngineError, match=r"head\.bias"):
         other.load_state(tmp_path)
@@ -180,9 +197,10 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
 
 def test_sgd_moves_against_the_clipped_gradient_and_keeps_no_state(tmp_path):
     engine, module = make_engine(optimizer="sgd", grad_clip=0.5), FakeLens()
-    metrics = engine.train_step([make_batch(0)], At(1), 0.5)
+    engine.set_rates(dict.fromkeys(GROUPS, 0.005))
+    metrics = engine.train_step([make_batch(0)], At(1))
     module(make_batch(0), At(1))["loss"].backward()
-    expected = module.head.weight - 0.01 * 0.5 * min(1.0, 0.5 / metrics["grad_norm"]) * module.head.weight.grad
+    expected = module.head.weight - 0.005 * min(1.0, 0.5 / metrics["grad_norm"]) * module.head.weight.grad
     torch.testing.assert_close(engine.full_state(["head.weight"])["head.weight"], expected.detach(), rtol=1e-6, atol=1e-7)
     engine.optimizer_part().write(tmp_path, "optimizer")
     engine.load_state(tmp_path)
@@ -202,8 +220,8 @@ def test_norm_of_a_million_gradients_is_exact():
             return {"loss": self.weight @ batch["gradient"]}
 
     module = Large()
-    engine = build_engine(Config(device="cpu", dtype="fp32"), module, {"prompts": {"weight": module.weight}})
-    found = engine.train_step([{"gradient": gradient}], At(0), 1.0)["grad_norm"]
+    engine = build_engine(Config(device="cpu", dtype="fp32"), module, {"prompt": {"weight": module.weight}})
+    found = engine.train_step([{"gradient": gradient}], At(0))["grad_norm"]
     assert found == pytest.approx(gradient.double().norm().item(), rel=1e-7)
 
 

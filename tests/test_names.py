@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megalens.config import config_from_dict
-from megalens.lens.lens import build_lens
 from megalens.lens.names import GROUPS, group_of, module_names, stable_name, stable_names
+from megalens.objective import build_lens
 from megalens.tiny import make_model
 
 MODES = {

@@ -9,7 +9,7 @@ from conftest import ROOT, allocated_by
 
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
-from megalens.lens.lens import build_lens
+from megalens.objective import build_lens
 from megalens.planning.footprint import footprint, meta_lens, take_step
 from megalens.planning.plan import ENGINES, GPU, choose, need
 from megalens.tiny import make_model

@@ -33,15 +33,15 @@ def test_sliced_lens_is_trained_as_by_one_process_and_goes_on_there(sliced, kind
     seen = json.loads((sliced / f"{kind}-saved" / "seen.json").read_text())
     lens, engine = tensor_ranks.build(sliced, kind)
     batches = tensor_ranks.batches()
-    for update, batch, theirs in zip(tensor_ranks.AT[:-1], batches, seen["metrics"], strict=False):
-        assert theirs == pytest.approx(engine.train_step([batch], update, 1.0), rel=1e-5)
+    for update, (batch, theirs) in enumerate(zip(batches[: tensor_ranks.STEPS], seen["metrics"], strict=False)):
+        assert theirs == pytest.approx(engine.train_step([batch], tensor_ranks.at(engine, update)), rel=1e-5)
     saved = load_file(sliced / f"{kind}-saved" / "lens.safetensors")
     for name, value in engine.full_state(lens.lens_state_names()).items():
         assert (saved[name] - value).norm() <= 1e-3 * value.norm(), name  # AdamW's first steps divide what is next to nothing by itself
     assert lens.verbalize(batches[0]["activation"][:2]).tolist() == seen["texts"]
 
     engine.load_state(sliced / f"{kind}-saved")
-    assert seen["metrics"][-1] == pytest.approx(engine.train_step([batches[-1]], tensor_ranks.AT[-1], 1.0), rel=1e-5)
+    assert seen["metrics"][-1] == pytest.approx(engine.train_step([batches[-1]], tensor_ranks.at(engine, tensor_ranks.STEPS)), rel=1e-5)
 
 
 def test_decode_gathers_no_block_where_nodes_hold_copies(sliced):

@@ -55,10 +55,10 @@ def weights(config, which="last"):
 def kill_at(monkeypatch, update):
     step = LocalEngine.train_step
 
-    def killed(self, batches, at, lr_factor):
+    def killed(self, batches, at, rollouts=None):
         if at.update == update:
             raise Killed
-        return step(self, batches, at, lr_factor)
+        return step(self, batches, at, rollouts)
 
     monkeypatch.setattr(LocalEngine, "train_step", killed)
 
@@ -137,10 +137,10 @@ def test_signal_saves_behind_the_step_and_the_run_goes_on_as_if_undisturbed(fold
     step = LocalEngine.train_step
     before = signal.getsignal(number)
 
-    def signalled(self, batches, at, lr_factor):
+    def signalled(self, batches, at, rollouts=None):
         if at.update == 2:
             os.kill(os.getpid(), number)
-        return step(self, batches, at, lr_factor)
+        return step(self, batches, at, rollouts)
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "train_step", signalled)
@@ -155,10 +155,10 @@ def test_stopped_where_a_validation_was_due_it_is_made_up_for(folder, undisturbe
     config = tiny_config(folder, "stopped-at-validation")
     step = LocalEngine.train_step
 
-    def signalled(self, batches, at, lr_factor):
+    def signalled(self, batches, at, rollouts=None):
         if at.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches, at, lr_factor)
+        return step(self, batches, at, rollouts)
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "train_step", signalled)
@@ -202,8 +202,8 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(folder, mon
     config = tiny_config(folder, "ruined")
     step = LocalEngine.train_step
 
-    def ruining(self, batches, at, lr_factor):
-        metrics = step(self, batches, at, lr_factor)
+    def ruining(self, batches, at, rollouts=None):
+        metrics = step(self, batches, at, rollouts)
         if at.update == 3:
             self.masters["reconstructor.head.linear.bias"].data[0] = math.nan
         return metrics
@@ -244,8 +244,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(folder, undisturbed, mon
         seen.append(stepped.wait(30) or arguments[0] == "step-00000016")  # behind the last there is no step
         return finish(self, *arguments)
 
-    def noted_step(self, batches, at, lr_factor):
-        metrics = step(self, batches, at, lr_factor)
+    def noted_step(self, batches, at, rollouts=None):
+        metrics = step(self, batches, at, rollouts)
         if at.update:  # the first save is at the end of micro-step 0, before any step
             stepped.set()
         return metrics

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
-from megalens.lens.lens import build_lens
+from megalens.objective import build_lens
 from megalens.tiny import KINDS, make_model
 
 

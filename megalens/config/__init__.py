@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalens.config.reading import config_from_dict, config_to_yaml, load_config
+from megalens.config.reading import config_from_dict, config_to_dict, config_to_yaml, load_config
 from megalens.config.rules import validate
 from megalens.config.schema import (
     ActivationDumper,
@@ -18,10 +18,13 @@ from megalens.config.schema import (
     LrScheduler,
     Pretokenize,
     Reconstructor,
+    ReconstructorRates,
     Schedule,
     Validation,
     Verbalizer,
+    VerbalizerRates,
     Wandb,
+    Weight,
 )
 
 __all__ = [
@@ -38,11 +41,15 @@ __all__ = [
     "LrScheduler",
     "Pretokenize",
     "Reconstructor",
+    "ReconstructorRates",
     "Schedule",
     "Validation",
     "Verbalizer",
+    "VerbalizerRates",
     "Wandb",
+    "Weight",
     "config_from_dict",
+    "config_to_dict",
     "config_to_yaml",
     "load_config",
     "validate",

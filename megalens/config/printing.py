@@ -6,7 +6,7 @@ import dataclasses
 
 from omegaconf import OmegaConf
 
-from megalens.config.schema import Config
+from megalens.config.schema import Config, Weight
 
 
 def documented_yaml() -> str:
@@ -23,6 +23,8 @@ def _document(node, indent: str) -> list[str]:
     lines = []
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
+        if isinstance(value, Weight) and value.type == "constant":
+            value = value.value
         if dataclasses.is_dataclass(value):
             lines += ["", f"{indent}{f.name}:  # {f.metadata['help']}", *_document(value, indent + "  "), ""]
         else:

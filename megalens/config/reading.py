@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalens.config.rules import validate
-from megalens.config.schema import Config, ConfigError
+from megalens.config.schema import Config, ConfigError, Schedule, Weight
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -51,9 +51,24 @@ def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
     return _finish(merged)
 
 
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values that :func:`config_from_dict` reads back; a constant weight is a number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Weight) and value.type == "constant":
+            return value.value
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        return list(value) if isinstance(value, list) else value
+
+    return plain(config)
+
+
 def config_to_yaml(config: Config) -> str:
     """The configuration as YAML that ``config=`` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _normalise(arguments: list[str]) -> list[str]:
@@ -105,7 +120,7 @@ def _merge_argument(base, argument: str):
     if value == "":
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
     _check_key(key, "the command line")
-    kind = _keys(Config)[key]
+    kind = kind_of(key)
     is_list = str(kind).startswith("list")
     if value != "null" and "str" in str(kind) and not is_list:  # text as it stands: 001, on and a: b are no numbers, truths or mappings
         return _merge(base, _nested(key, value), argument)
@@ -116,6 +131,7 @@ def _merge_argument(base, argument: str):
 
 
 def _merge(base, values: dict, where: str):
+    values = _with_weights(values, where)
     for key, value in _flat(values).items():
         _check_key(key, where)
         _check_value(key, value, where)
@@ -126,9 +142,23 @@ def _merge(base, values: dict, where: str):
         raise ConfigError(": ".join(filter(None, [where, key, _line(error)]))) from None
 
 
+def _with_weights(values: dict, where: str, prefix: str = "") -> dict:
+    """The values with a constant schedule in place of each plain number that is given for a schedule."""
+    result = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        kind = kind_of(key)
+        if isinstance(kind, type) and issubclass(kind, Schedule) and not isinstance(value, dict):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{where}: {key} is a number or a schedule; write {key}=0.5, or {key}.type=linear and its other keys")
+            value = {"type": "constant", "value": value}
+        result[name] = _with_weights(value, where, f"{key}.") if isinstance(value, dict) else value
+    return result
+
+
 def _check_value(key: str, value, where: str) -> None:
     """Refuse, in plainer words than OmegaConf's, a value where a section is meant, a null and a list of no list."""
-    kind = _keys(Config)[key]
+    kind = kind_of(key)
     if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
         raise ConfigError(f"{where}: {key} is a section; set its keys, e.g. {key}.{dataclasses.fields(kind)[0].name}=...")
     if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(kind):
@@ -139,8 +169,9 @@ def _check_value(key: str, value, where: str) -> None:
 
 def _check_key(key: str, where: str) -> None:
     known = _keys(Config)
-    if key not in known:
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
+    if kind_of(key) is None:
+        leaves = [each for each in known if known[each] is Weight or not dataclasses.is_dataclass(known[each])]
+        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, leaves))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -155,6 +186,15 @@ def _nested(key: str, value) -> dict:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def kind_of(key: str) -> Any:
+    """The type of a dotted key, a section's being its dataclass; None: there is no such key."""
+    known = _keys(Config)
+    if key not in known and key.startswith("terms."):  # of any name; the objective knows which there are
+        name, _, rest = key.removeprefix("terms.").partition(".")
+        return Weight if name and not rest else known.get(f"alpha_schedule.{rest}")
+    return known.get(key)
 
 
 @functools.cache

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -20,10 +21,7 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """A documented dataclass field; a mutable default is copied for each instance."""
     metadata = {"help": text, "choices": choices}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return field(
-            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default),
-            metadata=metadata,
-        )
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -31,12 +29,46 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
 class Schedule:
     """A value over the training (:func:`megalens.schedule.schedule_value`)."""
 
-    type: str = setting("constant", "constant | linear | cosine | exponential", ("constant", "linear", "cosine", "exponential"))
+    type: str = setting(
+        "constant", "constant | linear | cosine | exponential | step", ("constant", "linear", "cosine", "exponential", "step")
+    )
     value: float = setting(1.0, "the value of a constant schedule")
-    start_value: float = setting(1.0, "where linear, cosine and exponential start")
+    start_value: float = setting(1.0, "where the others start")
     end_value: float = setting(1.0, "where they end")
     constant_steps_before_decay: str = setting("0s", "how long start_value is held first")
-    num_steps: str = setting("-1", "how long the way takes; -1: until the end of the training")
+    num_steps: str = setting("-1", "how long the way takes (a step takes none); -1: until the end of the training")
+
+    @property
+    def ends(self) -> list[float]:
+        """The values between which it lies."""
+        return [self.value] if self.type == "constant" else [self.start_value, self.end_value]
+
+
+@dataclass
+class Weight(Schedule):
+    """A schedule that may be written as a plain number: ``mse_weight: 0.5``. False where it is 0 throughout."""
+
+    def __bool__(self) -> bool:
+        return any(self.ends)
+
+
+def as_weight(value: Any) -> Any:
+    """A plain number as a weight; all else as it is."""
+    return Weight(value=float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def weight(default: float, text: str) -> Any:
+    """A documented field that is a number or a schedule."""
+    return setting(Weight(value=default), text)
+
+
+class WithWeights:
+    """A section with weights: a number given for one is a constant schedule."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if self.__dataclass_fields__[name].type == "Weight":
+                setattr(self, name, as_weight(value))
 
 
 @dataclass
@@ -50,12 +82,31 @@ class LrScheduler:
 
 
 @dataclass
-class LrMultipliers:
-    """Per-group factors on learning_rate."""
+class VerbalizerRates(WithWeights):
+    """Factors on learning_rate for what is trained of the verbalizer."""
 
-    projection_layers: float = setting(1.0, "the verbalizer's projection and the reconstructor's head")
-    prompts: float = setting(1.0, "the trainable prompt embeddings")
-    base_model: float = setting(1.0, "adapters, or the model's own weights in full mode")
+    projection: Weight = weight(1.0, "the projection of the activation")
+    prompt: Weight = weight(1.0, "the prompt's embeddings")
+    adapters: Weight = weight(1.0, "LoRA adapters")
+    blocks: Weight = weight(1.0, "its own blocks and norm, in full mode")
+
+
+@dataclass
+class ReconstructorRates(WithWeights):
+    """Factors on learning_rate for what is trained of the reconstructor."""
+
+    head: Weight = weight(1.0, "the affine head")
+    prompt: Weight = weight(1.0, "the prompt's and suffix's embeddings")
+    adapters: Weight = weight(1.0, "LoRA adapters")
+    blocks: Weight = weight(1.0, "its own blocks, in full mode")
+
+
+@dataclass
+class LrMultipliers:
+    """Factors on learning_rate by group, each a number or a schedule; 0 freezes the group for as long as it is 0."""
+
+    verbalizer: VerbalizerRates = setting(VerbalizerRates(), "the verbalizer's")
+    reconstructor: ReconstructorRates = setting(ReconstructorRates(), "the reconstructor's")
 
 
 @dataclass
@@ -211,7 +262,7 @@ class Evaluation:
 
 
 @dataclass
-class Config:
+class Config(WithWeights):
     """One training, from the text to the lens."""
 
     model_name: str = setting("data/models/SmolLM2-135M-Instruct", "the subject: a local folder or a Hugging Face model")
@@ -256,7 +307,9 @@ class Config:
     betas: list[float] = setting([0.9, 0.95], "AdamW's betas")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     lr_scheduler: LrScheduler = setting(LrScheduler(), "learning rate over the training")
-    custom_lr_multipliers: LrMultipliers = setting(LrMultipliers(), "per parameter group")
+    lr_multipliers: LrMultipliers = setting(
+        LrMultipliers(), "factors on learning_rate by group: numbers, or schedules as of gumbel_tau_schedule (0: frozen for the time)"
+    )
     batch_size: int = setting(64, "samples per micro-step over all ranks")
     gradient_accumulation_steps: int = setting(1, "micro-steps per optimizer step")
     num_train_epochs: float = setting(1.0, "length of the training when max_train_steps is null")
@@ -265,13 +318,14 @@ class Config:
     gumbel_tau_schedule: Schedule = setting(Schedule(type="linear", start_value=1.0, end_value=0.5), "temperature of the Gumbel-softmax")
     gumbel_noise: float = setting(1.0, "scale of the Gumbel noise; 1: samples of the verbalizer's distribution, 0: greedy")
     text_gradient: bool = setting(True, "let the reconstruction's gradient through the text into the verbalizer")
-    mse_weight: float = setting(1.0, "|a - a_hat|^2 / |a|^2 of the round trip")
-    kl_base_weight: float = setting(0.0, "KL(M(a) || M(a_hat + delta)) of the subject's next token")
-    lm_base_weight: float = setting(0.0, "KL(verbalizer || subject) over the explanation, times alpha")
+    mse_weight: Weight = weight(1.0, "|a - a_hat|^2 / |a|^2 of the round trip")
+    kl_base_weight: Weight = weight(0.0, "KL(M(a) || M(a_hat + delta)) of the subject's next token")
+    lm_base_weight: Weight = weight(0.0, "KL(verbalizer || subject) over the explanation, times alpha")
     alpha_schedule: Schedule = setting(Schedule(value=0.1), "alpha over the training")
-    entropy_weight: float = setting(0.0, "entropy of the verbalizer's tokens (a bonus)")
-    tail_say_weight: float = setting(0.0, "warm start: cross-entropy of the verbalizer on the context's tail")
-    tail_read_weight: float = setting(0.0, "warm start: mse of the reconstructor reading the context's tail")
+    entropy_weight: Weight = weight(0.0, "entropy of the verbalizer's tokens (a bonus)")
+    tail_say_weight: Weight = weight(0.0, "warm start: cross-entropy of the verbalizer on the context's tail")
+    tail_read_weight: Weight = weight(0.0, "warm start: mse of the reconstructor reading the context's tail")
+    terms: dict[str, Weight] = setting({}, "weights of further terms of the objective, by name (docs/extending.md)")
     tail_order: str = setting(
         "last_first",
         "order of an explanation: forward, or last_first (the token at P is said first, then what leads up to it; it is read last)",
@@ -294,6 +348,10 @@ class Config:
     stall_seconds: float = setting(
         1800.0, "a training without a step (or validation, or save) for so long is ended, and tells where each rank stands; 0: never"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.terms = {name: as_weight(value) for name, value in self.terms.items()}
 
     @property
     def run_dir(self) -> Path:

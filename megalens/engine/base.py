@@ -12,6 +12,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,23 @@ class Engine(ABC):
     # ------------------------------------------------------------------------------------------------------ per engine
 
     @abstractmethod
-    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         """One optimizer step on this rank's share of some global micro-batches.
 
         Args:
             batches: equal-sized micro-batches.
             at: handed on to the module.
-            lr_factor: multiplier of every learning rate.
+            rollouts: handed on to the module, one with each micro-batch: what :meth:`sample` gave for them.
 
         Returns:
             the module's scalars averaged over ranks and micro-batches, ``grad_norm`` (before clipping) and ``skipped``: 1 when the
             loss or a gradient of any rank was not finite, in which case no rank has changed a weight.
         """
+
+    @property
+    @abstractmethod
+    def optimizer_groups(self) -> list[dict]:
+        """The optimizer's parameter groups, each with the ``name`` of the module's group it is of."""
 
     @abstractmethod
     def whole(self, name: str, moment: str | None = None) -> Tensor:
@@ -143,6 +149,25 @@ class Engine(ABC):
         for name, parameter in self.module.named_parameters():
             if parameter in inside:
                 materialise(parameter, weights[name] if name in weights else self.module.initial(name), self.device)
+
+    # ------------------------------------------------------------------------------------------------------- for all
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the learning rate of each of the module's groups; until then it is ``config.learning_rate``.
+
+        A group at rate 0 stays as it is. Its gradient is taken all the same: it counts in the gradient's norm, and moments follow it.
+        """
+        for group in self.optimizer_groups:
+            group["lr"] = rates[group["name"]]
+
+    @torch.no_grad()
+    def sample(self, batches: list[Batch], at: Any) -> list[Any] | None:
+        """What the module samples for micro-batches ahead of a training pass, by ``module.sample(batch, at)``; None: nothing is wanted.
+
+        Every rank must call it with as many micro-batches, as any pass.
+        """
+        found = [self.module.sample(to_device(batch, self.device), at) for batch in batches]
+        return None if any(each is None for each in found) else found
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -215,22 +240,21 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def optimizer_groups(config, groups: Groups) -> list[dict]:
-    """Parameter groups: ``params``, ``lr``, ``weight_decay`` and ``multiplier`` (of the learning rate).
+    """Parameter groups: ``name`` of the module's group, ``params``, ``lr`` and ``weight_decay``.
 
     Weight decay is for matrices: never for prompts, norms and biases.
     """
     result = []
     for group, members in groups.items():
-        multiplier = getattr(config.custom_lr_multipliers, group)
         for decays in (True, False):
-            chosen = [p for p in members.values() if (p.ndim >= 2 and group != "prompts") == decays]
+            chosen = [p for p in members.values() if (p.ndim >= 2 and not group.endswith("prompt")) == decays]
             if chosen:
                 result.append(
                     {
+                        "name": group,
                         "params": chosen,
-                        "lr": config.learning_rate * multiplier,
+                        "lr": config.learning_rate,
                         "weight_decay": config.weight_decay if decays else 0.0,
-                        "multiplier": multiplier,
                     }
                 )
     return result
@@ -246,3 +270,8 @@ def build_optimizer(config, groups: list[dict], fused: bool) -> torch.optim.Opti
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the engine's device."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def with_rollouts(batches: list[Batch], rollouts: list[Any] | None) -> Iterator[tuple[Batch, tuple[Any, ...]]]:
+    """Each micro-batch with what the module takes behind it: its rollouts, or nothing."""
+    yield from zip(batches, [()] * len(batches) if rollouts is None else [(each,) for each in rollouts], strict=True)

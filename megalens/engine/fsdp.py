@@ -32,6 +32,7 @@ from megalens.engine.base import (
     join_alone,
     optimizer_groups,
     to_device,
+    with_rollouts,
 )
 from megalens.engine.state import OptimizerState
 from megalens.engine.tensor import slice_layers
@@ -95,10 +96,10 @@ class FsdpEngine(Engine):
         chosen = [{**group, "params": [self.masters[by_parameter[p]] for p in group["params"]]} for group in chosen]
         self.optimizer = build_optimizer(config, chosen, fused=True)
 
-    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         total: dict[str, Tensor] = {}
-        for batch in batches:
-            terms = self.module(to_device(batch, self.device), at)
+        for batch, rollout in with_rollouts(batches, rollouts):
+            terms = self.module(to_device(batch, self.device), at, *rollout)
             (terms["loss"] / len(batches)).backward()
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value.detach().double()
@@ -109,17 +110,19 @@ class FsdpEngine(Engine):
         norm = self._norm(gradients)
         finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
         if finite:
-            self._update(gradients, norm, lr_factor)
+            self._update(gradients, norm)
         return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
 
-    def _update(self, gradients: dict[str, Tensor], norm: Tensor, lr_factor: float) -> None:
+    def _update(self, gradients: dict[str, Tensor], norm: Tensor) -> None:
         clip = (self.config.grad_clip / (norm + 1e-6)).clamp_max(1.0).item() if self.config.grad_clip else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
         for name, master in self.masters.items():
             master.grad = gradients[name].mul_(clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
 
     def whole(self, name: str, moment: str | None = None) -> Tensor:
         shard = self.shards[name]

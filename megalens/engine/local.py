@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups, to_device, with_rollouts
 from megalens.engine.state import OptimizerState
 
 PART = 2**20  # numbers that are float64 at once
@@ -41,11 +41,11 @@ class LocalEngine(Engine):
         options = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in optimizer_groups(config, groups)]
         self.optimizer = build_optimizer(config, options, fused=self.device.type in ("cpu", "cuda"))
 
-    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
+    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         self.gradient.zero_()
         total: dict[str, Tensor] = {}
-        for batch in batches:
-            terms = self.module(to_device(batch, self.device), at)
+        for batch, rollout in with_rollouts(batches, rollouts):
+            terms = self.module(to_device(batch, self.device), at, *rollout)
             (terms["loss"] / len(batches)).backward()
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value.detach().double()
@@ -55,7 +55,7 @@ class LocalEngine(Engine):
         norm = self._norm()
         finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
         if finite:
-            self._update(norm, lr_factor)
+            self._update(norm)
         return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
 
     def _norm(self) -> Tensor:
@@ -63,11 +63,9 @@ class LocalEngine(Engine):
         norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in self.gradient.split(PART)]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _update(self, norm: Tensor, lr_factor: float) -> None:
+    def _update(self, norm: Tensor) -> None:
         if self.config.grad_clip:
             self.gradient *= (self.config.grad_clip / (norm + 1e-6)).clamp_max(1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
         for name, master in self.masters.items():
             master.grad = self.gradients[name]
         self.optimizer.step()
@@ -76,6 +74,10 @@ class LocalEngine(Engine):
                 master.grad = None
                 if master is not self.parameters[name]:
                     self.parameters[name].copy_(master)
+
+    @property
+    def optimizer_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
 
     def whole(self, name: str, moment: str | None = None) -> Tensor:
         if moment is None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device, with_rollouts
 from megalens.engine.ds_config import resolve
 from megalens.engine.state import OptimizerState, Part
 
@@ -53,12 +53,10 @@ class ZeroEngine(Engine):
         for name in self.parameters.keys() & (weights or {}).keys():
             self._set(name, weights[name], None)
 
-    def train_step(self, batches: list[Batch], at: Any, lr_factor: float) -> dict[str, float]:
-        for group in self.sharded.param_groups:
-            group["lr"] = self.config.learning_rate * group["multiplier"] * lr_factor
+    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         total: dict[str, float] = {}
-        for batch in batches:
-            terms = self.engine(to_device(batch, self.device), at)
+        for batch, rollout in with_rollouts(batches, rollouts):
+            terms = self.engine(to_device(batch, self.device), at, *rollout)
             loss = terms["loss"]
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value.item() / len(batches)
@@ -69,6 +67,10 @@ class ZeroEngine(Engine):
         skipped = not self.engine.was_step_applied()
         norm = float(self.engine.get_global_grad_norm())
         return self.reduce_mean(total) | {"grad_norm": norm, "skipped": float(skipped)}
+
+    @property
+    def optimizer_groups(self) -> list[dict]:
+        return self.sharded.param_groups
 
     def whole(self, name: str, moment: str | None = None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

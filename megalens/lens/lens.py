@@ -1,32 +1,22 @@
-"""The lens: subject, verbalizer and reconstructor as the one module that engines shard, and its training step's loss."""
+"""The lens: subject, verbalizer and reconstructor as the one module that engines shard."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.adapters import adapter_start
-from megalens.families.loading import load_tokenizer
+from megalens.lens.names import GROUPS, group_of, stable_name
 from megalens.lens.reconstructor import Reconstructor
-from megalens.lens.subject import Read, Subject, load_subject, shared_contexts
-from megalens.lens.text import tail_ids
-from megalens.lens.verbalizer import Text, Verbalizer
-from megalens.objective.functions import relative_mse, resample_error, weighted_sum
-from megalens.ops import noise_keys, vocab_kl
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where in the training a loss is taken: the optimizer step (for the noise) and the scheduled values."""
-
-    update: int
-    tau: float
-    alpha: float
+from megalens.lens.subject import Read, Subject, shared_contexts
+from megalens.lens.text import Rollouts, Text, tail_ids
+from megalens.lens.verbalizer import Verbalizer
+from megalens.ops import noise_keys
 
 
 class ConsistencyLens(nn.Module):
@@ -36,18 +26,19 @@ class ConsistencyLens(nn.Module):
         subject: the frozen LLM.
         tokenizer: its tokenizer.
         mean_D, var_D: per-dimension mean and variance of the training activations.
+        objective: what trains it (:class:`megalens.objective.Objective`); None: it is only used.
 
     Raises:
         ConfigError: ``layer_l`` is the last block while the activation enters there (no block above to speak).
     """
 
-    def __init__(self, config: Config, subject: Subject, tokenizer, mean_D: Tensor, var_D: Tensor):
+    def __init__(self, config: Config, subject: Subject, tokenizer, mean_D: Tensor, var_D: Tensor, objective: Any = None):
         super().__init__()
         if mean_D.shape != (subject.d,):
             raise ConfigError(f"the activations are {len(mean_D)} wide, {config.model_name} is {subject.d} wide: they are of another model")
         if config.verbalizer.inject == "block" and config.layer_l + 1 >= subject.num_blocks:
             raise ConfigError(f"layer_l={config.layer_l} is the last block: no block above it can speak; set verbalizer.inject=embedding")
-        self.config, self.subject, self.tokenizer = config, subject, tokenizer
+        self.config, self.subject, self.tokenizer, self.objective = config, subject, tokenizer, objective
         mean_D, var_D = mean_D.to(subject.device), var_D.to(subject.device)
         self.register_buffer("mean", mean_D.float(), persistent=False)
         self.register_buffer("var", var_D.float(), persistent=False)
@@ -61,84 +52,23 @@ class ConsistencyLens(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def forward(self, batch: dict[str, Tensor], at: Step) -> dict[str, Tensor]:
-        """The loss of a batch and, detached, each of its terms.
+    def forward(self, batch: Batch, at: Any, rollouts: Rollouts | None = None) -> dict[str, Tensor]:
+        """The ``loss`` of a micro-batch and, detached, each of its terms, as the lens's objective computes them.
 
-        Only what a weight asks for is computed; the terms of weight 0 that come for free (``mse``, ``entropy`` of a round trip) are
-        there too, and cost no backward.
+        Args:
+            at: where in the training (:class:`megalens.objective.Step`).
+            rollouts: what :meth:`sample` gave for this batch, where the objective wants some.
         """
-        weights = self.loss_weights(at)
-        read = None
-        if "activation" not in batch:
-            batch, read = self._read(batch, weights)
-        a_BD = batch["activation"]
-        terms: dict[str, Tensor] = {}
-        if weights["tail_say"] or weights["tail_read"]:
-            tail_BT = self.tail_ids(batch)
-            if weights["tail_say"]:
-                terms["tail_say"] = -self.verbalizer.say(a_BD, tail_BT).mean()
-            if weights["tail_read"]:
-                terms["tail_read"] = relative_mse(a_BD, self.reconstructor(self.subject.lm.embed(tail_BT)))
-        if any(weights[name] for name in ("mse", "kl", "lm", "entropy")):
-            terms |= self._round_trip(batch, at, weights, read)
-        loss = weighted_sum(terms, weights)
-        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+        return self.objective(self, batch, at, rollouts)
 
-    def loss_weights(self, at: Step) -> dict[str, float]:
-        """The weight of every term at a step."""
-        c = self.config
-        return {
-            "mse": c.mse_weight,
-            "kl": c.kl_base_weight,
-            "lm": c.lm_base_weight * at.alpha,
-            "entropy": -c.entropy_weight,
-            "tail_say": c.tail_say_weight,
-            "tail_read": c.tail_read_weight,
-        }
+    def sample(self, batch: Batch, at: Any) -> Rollouts | None:
+        """The rollouts that the objective wants for a micro-batch at a step, without gradient; None: none."""
+        return self.objective.rollout(self, batch, at) if self.objective.draws(at) else None
 
-    def _read(self, batch: dict[str, Tensor], weights: dict[str, float]) -> tuple[dict[str, Tensor], Read | None]:
-        """The batch with its activations, read now; the KL term's own read serves for it where there is one."""
-        if weights["kl"]:
-            read = self.read(batch)
-            return {**batch, "activation": read.activation_BD.float()}, read
-        rows = torch.arange(len(batch["position"]), device=batch["position"].device)
-        return {**batch, "activation": self.subject.residual(batch["input_ids"])[rows, batch["position"]].float()}, None
-
-    def _round_trip(self, batch: dict[str, Tensor], at: Step, weights: dict[str, float], read: Read | None) -> dict[str, Tensor]:
-        a_BD, c = batch["activation"], self.config
-        needs_text_gradient = (c.text_gradient and (weights["mse"] or weights["kl"])) or weights["lm"] or weights["entropy"]
-        with nullcontext() if needs_text_gradient else torch.no_grad():
-            keys = partial(noise_keys, c.seed, at.update, batch["sample_id"])
-            text = self.verbalizer.decode(a_BD, keys, at.tau, c.gumbel_noise, batch["sample_id"] if c.detect_anomaly else None)
-        embeds_BTD = text.embeds_BTD if c.text_gradient else text.embeds_BTD.detach()
-        a_hat_BD = self.reconstructor(embeds_BTD)
-        terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": text.entropy_BT.mean()}
-        if weights["kl"]:
-            terms["kl"] = self._functional_kl(batch, a_hat_BD, read).mean()
-        if weights["lm"]:
-            terms["lm"] = self._lm_kl(text).mean()
-        return terms
-
-    def _functional_kl(self, batch: dict[str, Tensor], a_hat_BD: Tensor, read: Read | None) -> Tensor:
-        """KL(M(a) || M(a_hat + delta)) per row, delta the error of the row's partner; the contexts are read unless they were."""
-        read = read or self.read(batch)
-        delta_BD = resample_error(batch["activation"].to(a_hat_BD.dtype), a_hat_BD)
-        return self._vocab_kl(read.normed_BD, self.subject.patched(read, a_hat_BD + delta_BD))
-
-    def read(self, batch: dict[str, Tensor]) -> Read:
+    def read(self, batch: Batch) -> Read:
         """The subject's read of a batch's contexts; several positions of one document share it."""
         rows_S, sequence_B = shared_contexts(batch)
         return self.subject.read(batch["input_ids"][rows_S], batch["position"], sequence_B)
-
-    def _lm_kl(self, text: Text) -> Tensor:
-        """KL(verbalizer || subject on the plain-text prompt) per row and token ``[B, T]``; the subject is a constant."""
-        plain_BTD = self.subject.next_states(self.plain_ids, text.ids_BT)
-        return self._vocab_kl(text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1)).view(text.ids_BT.shape)
-
-    def _vocab_kl(self, p_ND: Tensor, q_ND: Tensor) -> Tensor:
-        """KL(p || q) per row of next-token distributions given by normed hidden states."""
-        lm = self.subject.lm
-        return lm.vocabulary(lambda out, _, bias: vocab_kl(p_ND, q_ND, out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap))
 
     # ------------------------------------------------------------------------------------------------------- using
 
@@ -147,26 +77,46 @@ class ConsistencyLens(nn.Module):
         """Greedy explanations ``[B, t_text]`` (token ids) of activations ``[B, D]``."""
         return self.verbalizer.decode(a_BD.to(self.mean.device)).ids_BT
 
+    def decode(self, a_BD: Tensor, sample_id_B: Tensor, update: int, tau: float) -> Text:
+        """A soft text per activation ``[B, D]``, drawn with ``gumbel_noise`` as it falls for these samples at an optimizer step."""
+        c = self.config
+        keys = partial(noise_keys, c.seed, update, sample_id_B)
+        return self.verbalizer.decode(a_BD, keys, tau, c.gumbel_noise, sample_id_B if c.detect_anomaly else None)
+
+    @torch.no_grad()
+    def rollout(self, a_BD: Tensor, sample_id_B: Tensor, update: int, draws: int) -> Rollouts:
+        """``draws`` texts of each activation ``[B, D]``, sampled from the verbalizer's own distribution.
+
+        A pure function of (seed, optimizer step, sample, draw): the same on any number of ranks.
+        """
+
+        def keys(token: int) -> Tensor:
+            return torch.cat([noise_keys(self.config.seed, update, sample_id_B, token, draw) for draw in range(draws)])
+
+        text = self.verbalizer.decode(a_BD.repeat(draws, 1), keys)
+        ids_BKT, log_prob_BKT = (x.unflatten(0, (draws, -1)).transpose(0, 1) for x in (text.ids_BT, text.log_prob_BT))
+        lengths_BK = torch.full(ids_BKT.shape[:2], ids_BKT.shape[2], device=ids_BKT.device)
+        return Rollouts(ids_BKT, lengths_BK, log_prob_BKT)
+
     @torch.no_grad()
     def reconstruct(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Activations ``[B, D]`` (float32) rebuilt from right-padded token ids; a length may be 0."""
         device = self.mean.device
         return self.reconstructor(self.subject.lm.embed(ids_BT.to(device)), lengths_B.to(device))
 
-    def tail_ids(self, batch: dict[str, Tensor]) -> Tensor:
+    def tail_ids(self, batch: Batch) -> Tensor:
         """The contexts' tails ``[B, t_text]`` in ``tail_order``."""
         return tail_ids(batch["input_ids"], batch["position"], self.config.t_text, self.config.tail_order)
 
     # ------------------------------------------------------------------------------------------------- its parameters
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trainable parameters by group (``projection_layers``, ``prompts``, ``base_model``) and name in the state dict."""
-        groups: dict[str, dict[str, nn.Parameter]] = {"projection_layers": {}, "prompts": {}, "base_model": {}}
+        """Trainable parameters by group (``verbalizer.adapters``, ``reconstructor.head``, ...) and name in the state dict."""
+        groups: dict[str, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                head = "prompts" if ".prompt." in name or ".suffix." in name else "projection_layers"
-                groups["base_model" if ".lora_" in name or ".own" in name else head][name] = parameter
-        return groups
+                groups[group_of(stable_name(name))][name] = parameter
+        return {group: members for group, members in groups.items() if members}
 
     def shard_units(self) -> list[list[nn.Module]]:
         """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
@@ -216,12 +166,3 @@ class ConsistencyLens(nn.Module):
         index, within = rest.removeprefix("own.").split(".", 1)
         block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
         return self.subject.files.read(f"{block}.{within}")
-
-
-def build_lens(config: Config, mean_D: Tensor, var_D: Tensor, empty_blocks: bool = False) -> ConsistencyLens:
-    """A fresh lens for a configuration, from the subject's model and the training activations' statistics.
-
-    Args:
-        empty_blocks: leave all blocks (and adapters) on the meta device, for an engine that fills and shards one at a time.
-    """
-    return ConsistencyLens(config, load_subject(config, empty_blocks=empty_blocks), load_tokenizer(config), mean_D, var_D)

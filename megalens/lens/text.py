@@ -1,9 +1,49 @@
-"""Warm start from context tails: texts that cost nothing. The last tokens of a context say much of what its last activation holds."""
+"""Texts between the verbalizer and the reconstructor: decoded, sampled, or the context's own tail; and the order of their words.
+
+Tails are the warm start: texts that cost nothing. The last tokens of a context say much of what its last activation holds.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a decode gives.
+
+    Args:
+        ids_BT: token ids.
+        embeds_BTD: straight-through embeddings.
+        normed_BTD: the normed hidden states each token was drawn from.
+        log_prob_BT, entropy_BT: of each draw, in nats.
+        lengths_B: tokens of each text; None: all T.
+    """
+
+    ids_BT: Tensor
+    embeds_BTD: Tensor
+    normed_BTD: Tensor
+    log_prob_BT: Tensor
+    entropy_BT: Tensor
+    lengths_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Texts sampled without gradient, K of each activation.
+
+    Args:
+        ids_BKT: token ids, right-padded.
+        lengths_BK: tokens of each.
+        log_prob_BKT: of each token under the verbalizer that sampled it, in nats.
+    """
+
+    ids_BKT: Tensor
+    lengths_BK: Tensor
+    log_prob_BKT: Tensor
 
 
 def tail_ids(input_ids_BC: Tensor, position_B: Tensor, t_text: int, order: str) -> Tensor:

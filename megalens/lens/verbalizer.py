@@ -15,6 +15,7 @@ from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
+from megalens.lens.text import Text
 from megalens.ops import gumbel_embed
 
 
@@ -52,15 +53,14 @@ class StandardisedLinear(nn.Module):
         return self.offset + self.scale * z.to(wide.dtype)
 
 
-class Text(NamedTuple):
-    """What a decode gives: ids ``[B, T]``, embeddings ``[B, T, D]`` (straight-through), the normed hidden states each token was drawn
-    from ``[B, T, D]``, and log-probability and entropy of each draw ``[B, T]``, in nats."""
+class Draw(NamedTuple):
+    """One token of every row: id ``[B]``, embedding ``[B, D]``, the normed hidden state it was drawn from, log-probability and entropy."""
 
-    ids_BT: Tensor
-    embeds_BTD: Tensor
-    normed_BTD: Tensor
-    log_prob_BT: Tensor
-    entropy_BT: Tensor
+    ids_B: Tensor
+    embeds_BD: Tensor
+    normed_BD: Tensor
+    log_prob_B: Tensor
+    entropy_B: Tensor
 
 
 class Verbalizer(nn.Module):
@@ -163,7 +163,7 @@ class Verbalizer(nn.Module):
         hidden_BD, cache = self._start(a_BD)
         still = torch.zeros(len(a_BD), dtype=torch.long, device=a_BD.device)
 
-        def draw(hidden_BD: Tensor, t: int) -> Text:
+        def draw(hidden_BD: Tensor, t: int) -> Draw:
             normed_BD = self._norm(hidden_BD)
             if sample_id_B is not None:
                 _check_finite(normed_BD, t, sample_id_B)
@@ -173,7 +173,7 @@ class Verbalizer(nn.Module):
                     gumbel_embed(normed_BD, out, into, tau, key_B, noise=scale, bias_V=bias, softcap=self.lm.softcap)
                 )
             )
-            return Text(ids_B, embeds_BD * self.lm.embed_scale, normed_BD, log_prob_B, entropy_B)
+            return Draw(ids_B, embeds_BD * self.lm.embed_scale, normed_BD, log_prob_B, entropy_B)
 
         def stretch(embeds_BD: Tensor, cache: KVCache, first: int, last: int):
             """Hidden state ``[B, D]`` behind token ``last - 1``, given token ``first``'s embedding, and what is drawn on the way."""
@@ -183,14 +183,14 @@ class Verbalizer(nn.Module):
                     hidden_BD = self._append(embeds_BD[:, None].to(self.lm.dtype), t, cache)[:, 0]
                     if t + 1 < last:
                         drawn.append(draw(hidden_BD, t + 1))
-                        embeds_BD = drawn[-1].embeds_BTD
+                        embeds_BD = drawn[-1].embeds_BD
             return hidden_BD, cache, drawn
 
         text, every = [draw(hidden_BD, 0)], self.checkpoint_every or self.t_text
         run = partial(checkpoint, stretch, use_reentrant=False) if self.checkpoint_every and torch.is_grad_enabled() else stretch
         for first in range(0, self.t_text - 1, every):
             last = min(first + every, self.t_text - 1)
-            hidden_BD, cache, drawn = run(text[-1].embeds_BTD, cache, first, last)
+            hidden_BD, cache, drawn = run(text[-1].embeds_BD, cache, first, last)
             text += [*drawn, draw(hidden_BD, last)]
         return Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True)))
 

@@ -1,1 +1,33 @@
-"""What trains a lens: the terms of its loss."""
+"""What trains a lens: the terms of its loss, each a file's idea, and the lens that carries them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megalens.config import Config
+from megalens.families.loading import load_tokenizer
+from megalens.lens.lens import ConsistencyLens
+from megalens.lens.subject import load_subject
+from megalens.objective.base import Objective, Pass, Term
+from megalens.objective.given import TailRead, TailSay
+from megalens.objective.round_trip import Entropy, FunctionalKl, LanguageKl, Mse
+from megalens.objective.step import Step
+
+__all__ = ["TERMS", "Objective", "Pass", "Step", "Term", "build_lens"]
+
+TERMS: list[type[Term]] = [TailSay, TailRead, Mse, Entropy, FunctionalKl, LanguageKl]
+"""Every term there is, in the order in which they are computed. A new one is registered here."""
+
+
+def build_lens(config: Config, mean_D: Tensor, var_D: Tensor, empty_blocks: bool = False) -> ConsistencyLens:
+    """A fresh lens for a configuration, ready to be trained, from the subject's model and the training activations' statistics.
+
+    Args:
+        empty_blocks: leave all blocks (and adapters) on the meta device, for an engine that fills and shards one at a time.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or the settings do not fit it or each other.
+    """
+    objective = Objective(config, TERMS)
+    subject, tokenizer = load_subject(config, empty_blocks=empty_blocks), load_tokenizer(config)
+    return ConsistencyLens(config, subject, tokenizer, mean_D, var_D, objective)

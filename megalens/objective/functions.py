@@ -34,5 +34,4 @@ def resample_error(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The loss: what has a weight, times it. A term of weight 0 takes no part in the backward pass."""
-    parts = [weights[name] * value for name, value in terms.items() if weights.get(name)]
-    return torch.stack(parts).sum()
+    return torch.stack([weights[name] * value for name, value in terms.items() if weights.get(name)]).sum()

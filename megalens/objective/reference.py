@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megalens.families.adapters import adapter
-from megalens.lens.lens import ConsistencyLens, Step
+from megalens.lens.lens import ConsistencyLens
 from megalens.objective.functions import kl_from_logits, relative_mse, resample_error, weighted_sum
+from megalens.objective.step import Step
 from megalens.ops import gumbel_embed, noise_keys
 
 
@@ -25,7 +26,7 @@ class ReferenceStep(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], at: Step) -> dict[str, Tensor]:
         """The round trip's terms (``mse``, ``kl``, ``lm``, ``entropy``) and their weighted sum ``loss``."""
-        lens, weights = self.lens, self.lens.loss_weights(at)
+        lens, weights = self.lens, self.lens.objective.weights(at)
         a_BD = batch["activation"]
         ids_BT, embeds_BTD, logits_BTV, entropy_BT = decode(lens, batch, at)
         a_hat_BD = reconstruct(lens, embeds_BTD)
@@ -46,6 +47,7 @@ class ReferenceStep(nn.Module):
 def decode(lens: ConsistencyLens, batch: dict[str, Tensor], at: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids ``[B, T]``, straight-through embeddings ``[B, T, D]``, logits ``[B, T, V]`` and entropies ``[B, T]``."""
     v, lm, c, a_BD = lens.verbalizer, lens.subject.lm, lens.config, batch["activation"]
+    tau = at.values["gumbel_tau_schedule"]
     own = {int(i): block for i, block in v.own.items()}
     text: list[Tensor] = []
     ids, logits, entropies = [], [], []
@@ -63,7 +65,7 @@ def decode(lens: ConsistencyLens, batch: dict[str, Tensor], at: Step) -> tuple[T
             keys_B = noise_keys(c.seed, at.update, batch["sample_id"], t)
             drawn = lm.vocabulary(
                 lambda out, into, bias, h=normed_BD, k=keys_B: tuple(
-                    gumbel_embed(h, out, into, at.tau, k, noise=c.gumbel_noise, bias_V=bias, softcap=lm.softcap, impl="reference")
+                    gumbel_embed(h, out, into, tau, k, noise=c.gumbel_noise, bias_V=bias, softcap=lm.softcap, impl="reference")
                 )
             )
             text.append((drawn[1] * lm.embed_scale)[:, None].to(x.dtype))

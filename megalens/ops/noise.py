@@ -27,7 +27,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int) -> Tensor:
+def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int, draw: int = 0) -> Tensor:
     """One noise key per row, a 64-bit hash of the row's four coordinates.
 
     Args:
@@ -35,6 +35,7 @@ def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int) -> Tenso
         update: the optimizer step.
         sample_id_B: the samples' global ids, int64 ``[B]``.
         token: the index of the token in the explanation.
+        draw: which of several texts of one activation.
 
     Returns:
         int64 ``[B]`` on the device of ``sample_id_B``. Within one (seed, update, token) distinct ids give distinct keys.
@@ -47,6 +48,8 @@ def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int) -> Tenso
     where = _mix(torch.full_like(sample_id_B, seed))
     where = _mix(where ^ update)
     where = _mix(where ^ token)
+    if draw:
+        where = _mix(where ^ draw)
     return _mix(_mix(sample_id_B) ^ where)
 
 

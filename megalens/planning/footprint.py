@@ -22,8 +22,9 @@ from megalens.config import Config, ConfigError
 from megalens.device import resolve_dtype
 from megalens.families.causal_lm import CausalLM
 from megalens.families.loading import check_model, load_tokenizer
-from megalens.lens.lens import ConsistencyLens, Step
+from megalens.lens.lens import ConsistencyLens
 from megalens.lens.subject import Subject
+from megalens.objective import TERMS, Objective, Step
 from megalens.ops.tile import tile_size
 
 # A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.
@@ -161,7 +162,7 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
         dtype = getattr(torch, resolve_dtype(config))
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
         subject = Subject(CausalLM(model), config.layer_l, "none")
-        return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d))
+        return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d), Objective(config, TERMS))
 
 
 def _slice(settings, ranks: int) -> None:
@@ -196,7 +197,7 @@ def take_step(lens: ConsistencyLens, batch: dict[str, torch.Tensor]) -> None:
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in lens.parameters() if p.requires_grad]
-    lens(batch, Step(update=0, tau=1.0, alpha=lens.config.alpha_schedule.value))["loss"].backward()
+    lens(batch, Step.fixed(lens.config, gumbel_tau_schedule=1.0))["loss"].backward()
     for hook in hooks:
         hook.remove()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megalens.checkpoint.run_folder import RunFolder
-from megalens.config import Config
+from megalens.config import Config, config_to_dict
 from megalens.schedule import Clock
 from megalens.training.progress import Progress
 
@@ -184,7 +183,7 @@ def _start(config: Config, run_id: str | None):
             resume="allow" if online else None,
             mode=config.wandb.mode,
             dir=str(config.run_dir),
-            config=dataclasses.asdict(config),
+            config=config_to_dict(config),
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
         )

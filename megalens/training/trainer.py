@@ -20,8 +20,9 @@ from megalens.config import Config
 from megalens.engine.base import Engine
 from megalens.engine.state import Part
 from megalens.files import save_json
-from megalens.lens.lens import Step
-from megalens.schedule import duration_steps, lr_factor, schedule_value
+from megalens.lens.names import GROUPS
+from megalens.objective import Step
+from megalens.schedule import duration_steps, lr_factor
 from megalens.statistics import Statistics
 from megalens.training.background import Background
 from megalens.training.progress import TRAINER_VERSION, Progress, TrainingError, clock_of, first_not_finite
@@ -111,7 +112,9 @@ class Trainer:
     def _step(self, batches: list[dict]) -> None:
         step = self.progress.step
         torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.data_rank) % 2**63)  # dropout, the same after a resume
-        metrics = self.engine.train_step(batches, self._at(step), lr_factor(self.config.lr_scheduler, step, self.clock))
+        at = self._at(step)
+        self.engine.set_rates(self._rates(step, at))
+        metrics = self.engine.train_step(batches, at, self.engine.sample(batches, at))
         self.progress.step += self.clock.steps_per_update
         if metrics.pop("skipped"):
             self._skip(metrics)
@@ -124,11 +127,12 @@ class Trainer:
         self.run.show(self.progress.step, loss=metrics["loss"])
 
     def _at(self, step: int) -> Step:
-        return Step(
-            update=step // self.clock.steps_per_update,
-            tau=schedule_value(self.config.gumbel_tau_schedule, step, self.clock),
-            alpha=schedule_value(self.config.alpha_schedule, step, self.clock),
-        )
+        return Step.at(self.config, step, self.clock)
+
+    def _rates(self, step: int, at: Step) -> dict[str, float]:
+        """The learning rate of each of the lens' groups."""
+        rate = self.config.learning_rate * lr_factor(self.config.lr_scheduler, step, self.clock)
+        return {group: rate * at.values[f"lr_multipliers.{group}"] for group in GROUPS}
 
     def _skip(self, metrics: dict[str, float]) -> None:
         p = self.progress
@@ -151,8 +155,8 @@ class Trainer:
         at, now = self._at(step), time.monotonic()
         figures |= {
             "train/learning_rate": self.config.learning_rate * lr_factor(self.config.lr_scheduler, step, self.clock),
-            "train/tau": at.tau,
-            "train/alpha": at.alpha,
+            "train/tau": at.values["gumbel_tau_schedule"],
+            "train/alpha": at.values["alpha_schedule"],
             "train/epoch": p.step / self.clock.steps_per_epoch,
             "train/skipped": p.skipped,
             "perf/samples_per_second": (p.step - self._logged) * self.config.batch_size / max(now - self._since, 1e-9),

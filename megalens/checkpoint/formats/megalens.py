@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import read_json, read_tensors
-from megalens.config import Config, config_from_dict
+from megalens.config import Config, config_from_dict, config_to_dict
 from megalens.engine.state import Part
 from megalens.files import save_json, save_tensors
 from megalens.statistics import Statistics
@@ -38,7 +38,7 @@ def save_lens(folder: Path, config: Config, weights: Part, statistics: Statistic
         "width": len(statistics.mean),
         "subject": {"model_name": config.model_name, "layer_l": config.layer_l, "fingerprint": fingerprint},
         "versions": versions(),
-        "config": dataclasses.asdict(config),
+        "config": config_to_dict(config),
     }
     save_json(folder / "lens.json", about)
 
@@ -100,7 +100,7 @@ def load_lens(folder: str | Path, **changes: Any):
         CheckpointError: it is no checkpoint, it is damaged, or the subject is another one.
         ConfigError: the weights do not fit.
     """
-    from megalens.lens.lens import build_lens
+    from megalens.objective import build_lens
 
     config, statistics = read_config(folder, **changes), read_statistics(folder)
     lens = build_lens(config, statistics.mean, statistics.var)

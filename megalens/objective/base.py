@@ -1,0 +1,161 @@
+"""An objective: terms with weights, over what one pass of a micro-batch through the lens gives them.
+
+A term names what it needs. The pass computes it once, when the first term asks, and never when none does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megalens.batch import Batch
+from megalens.config import Config, ConfigError
+from megalens.lens.lens import ConsistencyLens
+from megalens.lens.subject import Read
+from megalens.lens.text import Rollouts, Text
+from megalens.objective.functions import weighted_sum
+from megalens.objective.step import Step
+
+NEEDS = ("read", "tails", "text", "rebuild", "rollouts")
+
+
+class Term(ABC):
+    """One term of the loss: a scalar per micro-batch, the mean over its rows.
+
+    Attributes:
+        name: in the metrics.
+        needs: which of :data:`NEEDS` it asks its pass for: the subject's ``read`` of the contexts, the contexts' ``tails``, the soft
+            ``text`` of a decode, its ``rebuild``, sampled ``rollouts``.
+        free: is it measured at weight 0 too, where other terms need the same?
+        trains_text: does its gradient go through the soft text into the verbalizer?
+        draws: how many rollouts of each activation it wants.
+    """
+
+    name: str
+    needs: frozenset[str] = frozenset()
+    free = False
+    trains_text = False
+    draws = 0
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @property
+    def key(self) -> str:
+        """Its weight in the configuration: a key of its own, or one among ``terms``."""
+        return f"terms.{self.name}"
+
+    def weight(self, at: Step) -> float:
+        """Its weight at a step; 0 where the configuration gives it none."""
+        return at.values.get(self.key, 0.0)
+
+    @abstractmethod
+    def __call__(self, made: Pass) -> Tensor:
+        """Its value for a micro-batch."""
+
+
+class Pass:
+    """One micro-batch on its way through the lens. What terms ask for is made once, when it is first asked for.
+
+    Args:
+        terms: those that ask.
+        rollouts: what :meth:`Objective.rollout` sampled for this batch, where a term wants it.
+    """
+
+    def __init__(self, lens: ConsistencyLens, batch: Batch, at: Step, terms: Sequence[Term], rollouts: Rollouts | None = None):
+        self.lens, self.batch, self.at, self.config = lens, batch, at, lens.config
+        self._needs = frozenset().union(*(term.needs for term in terms))
+        self._trains_text = any(term.trains_text for term in terms)
+        self._rollouts = rollouts
+
+    @cached_property
+    def activation_BD(self) -> Tensor:
+        """The activations ``[B, D]``, read from the subject now where the batch does not bring them."""
+        if "activation" in self.batch:
+            return self.batch["activation"]
+        if "read" in self._needs:
+            return self.read.activation_BD.float()
+        rows = torch.arange(len(self.batch["position"]), device=self.batch["position"].device)
+        return self.lens.subject.residual(self.batch["input_ids"])[rows, self.batch["position"]].float()
+
+    @cached_property
+    def read(self) -> Read:
+        """The subject's read of the contexts."""
+        return self.lens.read(self.batch)
+
+    @cached_property
+    def tail_BT(self) -> Tensor:
+        """The contexts' tails ``[B, T]``, in the order of an explanation."""
+        return self.lens.tail_ids(self.batch)
+
+    @cached_property
+    def text(self) -> Text:
+        """A soft text per row, decoded with the step's noise; with gradient where a term trains it."""
+        with nullcontext() if self._trains_text else torch.no_grad():
+            return self.lens.decode(self.activation_BD, self.batch["sample_id"], self.at.update, self.at.values["gumbel_tau_schedule"])
+
+    @cached_property
+    def a_hat_BD(self) -> Tensor:
+        """The rebuild of the soft text ``[B, D]``."""
+        text = self.text
+        return self.lens.reconstructor(text.embeds_BTD if self.config.text_gradient else text.embeds_BTD.detach(), text.lengths_B)
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The texts that were sampled for this batch ahead of the pass."""
+        if self._rollouts is None:
+            raise ValueError("a term wants rollouts and was given none; it must say draws > 0 and need 'rollouts'")
+        return self._rollouts
+
+
+class Objective:
+    """The weighted sum of terms.
+
+    Args:
+        config: its weights.
+        kinds: the terms there are, in the order in which they are taken.
+
+    Raises:
+        ConfigError: ``terms`` names one that there is not.
+    """
+
+    def __init__(self, config: Config, kinds: Sequence[type[Term]]):
+        self.config, self.terms = config, [kind(config) for kind in kinds]
+        unknown = set(config.terms) - {term.name for term in self.terms if term.key.startswith("terms.")}
+        if unknown:
+            known = ", ".join(term.key for term in self.terms)
+            raise ConfigError(f"terms.{min(unknown)} is the weight of no term of the objective; there are: {known}")
+
+    def weights(self, at: Step) -> dict[str, float]:
+        """The weight of every term at a step."""
+        return {term.name: term.weight(at) for term in self.terms}
+
+    def draws(self, at: Step) -> int:
+        """How many rollouts of each activation the step's terms want; 0: none."""
+        return max((term.draws for term in self.terms if term.weight(at)), default=0)
+
+    def __call__(self, lens: ConsistencyLens, batch: Batch, at: Step, rollouts: Rollouts | None = None) -> dict[str, Tensor]:
+        """The ``loss`` of a micro-batch and, detached, every term that was computed.
+
+        Raises:
+            ConfigError: every weight is 0 at this step.
+        """
+        weights = self.weights(at)
+        asked = [term for term in self.terms if weights[term.name]]
+        if not asked:
+            raise ConfigError(f"every weight of the loss is 0 at optimizer step {at.update}; let a schedule end above 0")
+        needs = frozenset().union(*(term.needs for term in asked))
+        made = Pass(lens, batch, at, asked, rollouts)
+        values = {term.name: term(made) for term in self.terms if weights[term.name] or (term.free and term.needs <= needs)}
+        return {"loss": weighted_sum(values, weights)} | {name: value.detach() for name, value in values.items()}
+
+    @torch.no_grad()
+    def rollout(self, lens: ConsistencyLens, batch: Batch, at: Step) -> Rollouts:
+        """The texts that the step's terms want, sampled from the verbalizer as it stands."""
+        a_BD = Pass(lens, batch, at, [term for term in self.terms if term.weight(at)]).activation_BD
+        return lens.rollout(a_BD, batch["sample_id"], at.update, self.draws(at))

@@ -1,0 +1,72 @@
+"""Terms on the round trip through soft text: the rebuild's error, its functional KL, the text's language and its entropy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megalens.config import Config
+from megalens.families.causal_lm import CausalLM
+from megalens.objective.base import Pass, Term
+from megalens.objective.functions import relative_mse, resample_error
+from megalens.objective.step import Step
+from megalens.ops import vocab_kl
+
+
+class Mse(Term):
+    """Relative squared error of the rebuild, ``|a - a_hat|^2 / |a|^2``."""
+
+    name, key, needs, free = "mse", "mse_weight", frozenset({"text", "rebuild"}), True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.trains_text = config.text_gradient
+
+    def __call__(self, made: Pass) -> Tensor:
+        return relative_mse(made.activation_BD, made.a_hat_BD)
+
+
+class Entropy(Term):
+    """Entropy of the verbalizer's next-token distributions over the text, in nats: its weight is a bonus."""
+
+    name, key, needs, free, trains_text = "entropy", "entropy_weight", frozenset({"text"}), True, True
+
+    def weight(self, at: Step) -> float:
+        return -super().weight(at)
+
+    def __call__(self, made: Pass) -> Tensor:
+        return made.text.entropy_BT.mean()
+
+
+class FunctionalKl(Term):
+    """KL(M(a) || M(a_hat + delta)) of the subject's next token, in nats; delta is the error of the row's partner."""
+
+    name, key, needs = "kl", "kl_base_weight", frozenset({"read", "text", "rebuild"})
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.trains_text = config.text_gradient
+
+    def __call__(self, made: Pass) -> Tensor:
+        a_hat_BD, subject = made.a_hat_BD, made.lens.subject
+        read = made.read
+        delta_BD = resample_error(made.activation_BD.to(a_hat_BD.dtype), a_hat_BD)
+        return next_token_kl(subject.lm, read.normed_BD, subject.patched(read, a_hat_BD + delta_BD)).mean()
+
+
+class LanguageKl(Term):
+    """KL(verbalizer || subject on the plain prompt) over the text's tokens, in nats; the subject is a constant."""
+
+    name, key, needs, trains_text = "lm", "lm_base_weight", frozenset({"text"}), True
+
+    def weight(self, at: Step) -> float:
+        return super().weight(at) * at.values["alpha_schedule"]
+
+    def __call__(self, made: Pass) -> Tensor:
+        text, subject = made.text, made.lens.subject
+        plain_BTD = subject.next_states(made.lens.plain_ids, text.ids_BT)
+        return next_token_kl(subject.lm, text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1)).mean()
+
+
+def next_token_kl(lm: CausalLM, p_ND: Tensor, q_ND: Tensor) -> Tensor:
+    """KL(p || q) per row ``[N]``, in nats, of next-token distributions given by normed hidden states."""
+    return lm.vocabulary(lambda out, _, bias: vocab_kl(p_ND, q_ND, out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap))
