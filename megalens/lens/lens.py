@@ -76,7 +76,7 @@ class ConsistencyLens(nn.Module):
         if weights["tail_say"] or weights["tail_read"]:
             tail_BT = self.tail_ids(batch)
             if weights["tail_say"]:
-                terms["tail_say"] = -self.verbalizer.say(a_BD, tail_BT).mean()
+                terms["tail_say"] = -self.verbalizer.log_prob_of(a_BD, tail_BT).mean()
             if weights["tail_read"]:
                 terms["tail_read"] = relative_mse(a_BD, self.reconstructor(self.subject.lm.embed(tail_BT)))
         if any(weights[name] for name in ("mse", "kl", "lm", "entropy")):
