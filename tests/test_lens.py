@@ -1,7 +1,10 @@
 """Verbalizer, reconstructor and their loss, on tiny models of several families."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.families.loading import load_tokenizer
@@ -11,9 +14,10 @@ from megalens.lens.text import read_order, tail_ids
 from megalens.objective import Objective, Step, build_lens
 from megalens.objective.functions import relative_mse, resample_error
 from megalens.objective.reference import ReferenceStep
-from megalens.ops import noise_keys
+from megalens.ops import native, noise_keys, vocab_log_prob
 from megalens.tiny import make_model
 
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="the tile version needs a C++ compiler")
 KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mistral"]
 
 
@@ -101,7 +105,24 @@ def test_saying_a_decoded_text_has_the_decodes_probability(folders, kind):
     lens = perturb(make_lens(folders[kind], mode="lora"))
     a_BD = make_batch()["activation"]
     text = lens.verbalizer.decode(a_BD)
-    torch.testing.assert_close(lens.verbalizer.say(a_BD, text.ids_BT), text.log_prob_BT, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens.verbalizer.log_prob_of(a_BD, text.ids_BT), text.log_prob_BT, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("tile", marks=needs_compiler)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probability_of_a_text_is_cross_entropy_on_whole_logits(folders, monkeypatch, kind, impl):
+    monkeypatch.setattr("megalens.lens.verbalizer.vocab_log_prob", partial(vocab_log_prob, impl=impl))
+    lens = perturb(make_lens(folders[kind], mode="full"))
+    lm, v, a_BD = lens.subject.lm, lens.verbalizer, make_batch()["activation"]
+    ids_BT = torch.randint(3, 500, (4, 5), generator=torch.Generator().manual_seed(3))
+    trained = [parameter for parameter in v.parameters() if parameter.requires_grad]
+    normed_BTD = torch.stack([uncached_normed(lens, a_BD, lm.embed(ids_BT[:, :t])) for t in range(5)], dim=1)
+    loss_BT = F.cross_entropy(lm.logits(normed_BTD).flatten(0, 1), ids_BT.flatten(), reduction="none").view(4, 5)
+    log_prob_BT = v.log_prob_of(a_BD, ids_BT)
+    torch.testing.assert_close(-log_prob_BT, loss_BT, atol=1e-4, rtol=1e-5)
+    grads, expected = torch.autograd.grad(-log_prob_BT.mean(), trained), torch.autograd.grad(loss_BT.mean(), trained)
+    for mine, theirs in zip(grads, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * max(theirs.abs().max(), 1e-3)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 9])

@@ -30,7 +30,7 @@ def calls(monkeypatch):
     from megalens.lens.verbalizer import Verbalizer
 
     counted = Counter()
-    for cls, name in ((Verbalizer, "_decode"), (Verbalizer, "_say"), (Reconstructor, "_read"), (ConsistencyLens, "read")):
+    for cls, name in ((Verbalizer, "_decode"), (Verbalizer, "_log_prob_of"), (Reconstructor, "_read"), (ConsistencyLens, "read")):
         method = getattr(cls, name)
 
         def call(self, *arguments, method=method, key=f"{cls.__name__}.{name}", **options):
@@ -41,7 +41,7 @@ def calls(monkeypatch):
     return counted
 
 
-DECODE, SAY, REBUILD, READ = "Verbalizer._decode", "Verbalizer._say", "Reconstructor._read", "ConsistencyLens.read"
+DECODE, SAY, REBUILD, READ = "Verbalizer._decode", "Verbalizer._log_prob_of", "Reconstructor._read", "ConsistencyLens.read"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ class SayRollouts(Term):
     def __call__(self, made):
         ids_BKT = made.rollouts.ids_BKT
         a_BD = made.activation_BD.repeat_interleave(ids_BKT.shape[1], 0)
-        return -made.lens.verbalizer.say(a_BD, ids_BKT.flatten(0, 1)).mean()
+        return -made.lens.verbalizer.log_prob_of(a_BD, ids_BKT.flatten(0, 1)).mean()
 
 
 def test_rollouts_are_sampled_ahead_and_handed_to_the_terms_that_want_them(folder, calls):
@@ -172,7 +172,7 @@ def test_a_rollout_is_a_function_of_its_sample_and_draw_alone(folder):
     first = lens.verbalizer.decode(batch["activation"], lambda t: noise_keys(lens.config.seed, 2, batch["sample_id"], t))
     assert torch.equal(first.ids_BT, whole.ids_BKT[:, 0])
     assert len({tuple(ids) for ids in whole.ids_BKT.flatten(0, 1).tolist()}) > 8, "draws differ"
-    log_prob = lens.verbalizer.say(batch["activation"].repeat_interleave(4, 0), whole.ids_BKT.flatten(0, 1))
+    log_prob = lens.verbalizer.log_prob_of(batch["activation"].repeat_interleave(4, 0), whole.ids_BKT.flatten(0, 1))
     torch.testing.assert_close(log_prob.unflatten(0, (4, 4)), whole.log_prob_BKT, atol=1e-5, rtol=1e-5)
 
 

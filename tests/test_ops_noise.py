@@ -1,4 +1,4 @@
-"""The noise: a pure function of its five coordinates, uniform, independent along each of them, and a fair draw of tokens.
+"""The noise: a pure function of its six coordinates, uniform, independent along each of them, and a fair draw of tokens.
 
 The statistics are deterministic (no generator is involved), so their bounds can be tight without ever failing by chance.
 """
@@ -32,6 +32,41 @@ def test_keys_are_known_numbers_that_no_machine_may_change():
     assert (draw(keys, 2)[:2].double() * 2**31).tolist() == [[1854288896, 12174070], [1833907072, 414366624]]
 
 
+def test_keys_of_draws_are_known_numbers_and_draw_0_is_the_noise_of_a_single_decode():
+    ids = torch.arange(3)
+    assert torch.equal(noise_keys(1, 2, ids, 3, draw=0), noise_keys(1, 2, ids, 3))
+    assert noise_keys(1, 2, ids, 3, draw=1).tolist() == [-6139330534400077149, 5972022929304420723, -4817707998692192735]
+    assert noise_keys(1, 2, ids, 3, draw=torch.tensor([0, 1, 2])).tolist() == [
+        -7740874834980024244,
+        5972022929304420723,
+        5891834277007352636,
+    ]
+
+
+def test_no_two_of_many_samples_draws_and_tokens_share_a_key():
+    ids = torch.arange(2000).repeat(16)
+    draws = torch.arange(16).repeat_interleave(2000)
+    keys = torch.cat([noise_keys(SEED, update, ids, token, draws) for update in (0, 1) for token in range(8)])
+    assert keys.unique().numel() == keys.numel() == 2 * 8 * 16 * 2000
+    assert torch.equal(noise_keys(SEED, 1, ids, 7, draws)[:2000], noise_keys(SEED, 1, ids[:2000], 7))
+
+
+@pytest.mark.parametrize("draw", [1, 2, 1000])
+def test_noise_of_any_draw_is_gumbel(draw):
+    assert_gumbel(gumbel(noise_keys(SEED, UPDATE, torch.arange(400), TOKEN, draw), 5000).double())
+
+
+def test_draws_of_one_sample_are_fair_samples_of_the_softmax():
+    weight, keys = (
+        torch.randn(12, 4, generator=torch.Generator().manual_seed(0)),
+        noise_keys(SEED, 0, torch.zeros(100_000).long(), 0, torch.arange(100_000)),
+    )
+    hidden = torch.randn(1, 4, generator=torch.Generator().manual_seed(1))
+    out = gumbel_embed(hidden.expand(len(keys), 4).contiguous(), weight, weight, 1.0, keys, impl="reference")
+    expected = (hidden @ weight.T).double().softmax(-1)[0] * len(keys)
+    assert abs(chi2_sigma(torch.bincount(out.ids, minlength=12).double(), expected)) < 3.5
+
+
 def test_each_coordinate_changes_the_key():
     ids = torch.arange(1000)
     keys = torch.cat([noise_keys(seed, update, ids, token) for seed in (0, 1) for update in (0, 1, 2) for token in (0, 1, 2)])
@@ -49,7 +84,11 @@ def test_uniform_is_uniform_and_open():
 
 
 def test_gumbel_noise_has_its_moments_and_no_infinity():
-    g = gumbel(noise_keys(SEED, UPDATE, torch.arange(400), TOKEN), 5000).double()
+    assert_gumbel(gumbel(noise_keys(SEED, UPDATE, torch.arange(400), TOKEN), 5000).double())
+
+
+def assert_gumbel(g):
+    """Mean, variance and distribution function are those of the standard Gumbel distribution."""
     assert g.isfinite().all()
     assert abs(g.mean() - 0.5772156649) < 4 * math.sqrt(math.pi**2 / 6 / g.numel())
     assert abs(g.var() - math.pi**2 / 6) < 4 * math.sqrt(4.4 * (math.pi**2 / 6) ** 2 / g.numel())
@@ -61,6 +100,7 @@ ALONG = {
     "seed": lambda i: noise_keys(i, UPDATE, torch.arange(1), TOKEN),
     "optimizer step": lambda i: noise_keys(SEED, i, torch.arange(1), TOKEN),
     "sample": lambda i: noise_keys(SEED, UPDATE, torch.tensor([i]), TOKEN),
+    "draw": lambda i: noise_keys(SEED, UPDATE, torch.arange(1), TOKEN, i),
     "token": lambda i: noise_keys(SEED, UPDATE, torch.arange(1), i),
 }
 
@@ -84,8 +124,8 @@ def test_one_bit_of_any_coordinate_changes_half_of_the_bits():
     """Avalanche: over ids and rows, every output bit flips with probability 1/2 for every flipped input bit."""
     ids = torch.arange(2000)
 
-    def bits(seed, update, samples, token, vocabulary):
-        w = uniform(split_keys(noise_keys(seed, update, samples, token)), vocabulary.to(torch.int32))
+    def bits(seed, update, samples, token, vocabulary, draw=0):
+        w = uniform(split_keys(noise_keys(seed, update, samples, token, draw)), vocabulary.to(torch.int32))
         return (w.double() * 2**24).long()[:, None] >> torch.arange(24) & 1
 
     before = bits(SEED, UPDATE, ids, TOKEN, ids)
@@ -97,6 +137,7 @@ def test_one_bit_of_any_coordinate_changes_half_of_the_bits():
             bits(SEED, UPDATE, ids ^ flip, TOKEN, ids),
             bits(SEED, UPDATE, ids, TOKEN ^ flip, ids),
             bits(SEED, UPDATE, ids, TOKEN, ids ^ flip),
+            bits(SEED, UPDATE, ids, TOKEN, ids, draw=flip),
         ):
             assert ((before ^ after).double().mean(0) - 0.5).abs().max() < 4.5 * 0.5 / math.sqrt(2000)
 

@@ -67,6 +67,7 @@ REFUSED = {
     "none of auto": lambda h, w, e, b, k: gumbel_embed(h, w, e, 1.0, k, impl="magic"),
     "one row each": lambda h, w, e, b, k: vocab_kl(h, h[1:], w, w),
     "one vocabulary": lambda h, w, e, b, k: vocab_kl(h, h, w, w[1:]),
+    "draw must be a number or int64": lambda h, w, e, b, k: noise_keys(0, 0, k, 0, draw=k[1:]),
     "must be int64": lambda h, w, e, b, k: noise_keys(0, 0, k.int(), 0),
 }
 

@@ -78,6 +78,6 @@ def test_plan_that_leaves_a_layer_whole_beside_sliced_ones_is_refused(tmp_path):
 
 
 def test_slices_are_for_fsdp_and_not_compiled():
-    for keys, message in [({}, "needs engine=fsdp"), ({"engine": "fsdp", "compile": True}, "can not be compiled")]:
+    for keys, message in [({}, "needs engine=fsdp"), ({"engine": "fsdp", "compile": True}, "cannot be compiled")]:
         with pytest.raises(ConfigError, match=message):
             config_from_dict({"fsdp": {"tensor_ranks": 2}, **keys})

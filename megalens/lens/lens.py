@@ -89,12 +89,10 @@ class ConsistencyLens(nn.Module):
 
         A pure function of (seed, optimizer step, sample, draw): the same on any number of ranks.
         """
-
-        def keys(token: int) -> Tensor:
-            return torch.cat([noise_keys(self.config.seed, update, sample_id_B, token, draw) for draw in range(draws)])
-
-        text = self.verbalizer.decode(a_BD.repeat(draws, 1), keys)
-        ids_BKT, log_prob_BKT = (x.unflatten(0, (draws, -1)).transpose(0, 1) for x in (text.ids_BT, text.log_prob_BT))
+        draw_N = torch.arange(draws, device=sample_id_B.device).repeat(len(sample_id_B))
+        keys = partial(noise_keys, self.config.seed, update, sample_id_B.repeat_interleave(draws), draw=draw_N)
+        text = self.verbalizer.decode(a_BD.repeat_interleave(draws, 0), keys)
+        ids_BKT, log_prob_BKT = (x.unflatten(0, (-1, draws)) for x in (text.ids_BT, text.log_prob_BT))
         lengths_BK = torch.full(ids_BKT.shape[:2], ids_BKT.shape[2], device=ids_BKT.device)
         return Rollouts(ids_BKT, lengths_BK, log_prob_BKT)
 

@@ -16,7 +16,7 @@ from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.text import Text
-from megalens.ops import gumbel_embed
+from megalens.ops import gumbel_embed, vocab_log_prob
 
 
 class PromptEmbedding(nn.Module):
@@ -132,9 +132,9 @@ class Verbalizer(nn.Module):
         """
         return self("decode", a_BD, keys, tau, noise, sample_id_B)
 
-    def say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
-        """Log-probabilities ``[B, T]`` of saying the given tokens, teacher-forced."""
-        return self("say", a_BD, ids_BT)
+    def log_prob_of(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Log-probabilities ``[B, T]`` of saying the given tokens, teacher-forced, in nats."""
+        return self("log_prob_of", a_BD, ids_BT)
 
     def _start(self, a_BD: Tensor) -> tuple[Tensor, KVCache]:
         """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position."""
@@ -194,13 +194,16 @@ class Verbalizer(nn.Module):
             text += [*drawn, draw(hidden_BD, last)]
         return Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True)))
 
-    def _say(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
+    def _log_prob_of(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
         hidden_BD, cache = self._start(a_BD)
         hidden_BTD = hidden_BD[:, None]
         if ids_BT.shape[1] > 1:
             hidden_BTD = torch.cat([hidden_BTD, self._append(self.lm.embed(ids_BT[:, :-1]), 0, cache)], dim=1)
-        logits = self.lm.logits(self._norm(hidden_BTD))
-        return -nn.functional.cross_entropy(logits.flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+        normed_ND, ids_N = self._norm(hidden_BTD).flatten(0, 1), ids_BT.flatten()
+        log_prob_N, _ = self.lm.vocabulary(
+            lambda out, _, bias: tuple(vocab_log_prob(normed_ND, out, ids_N, bias_V=bias, softcap=self.lm.softcap))
+        )
+        return log_prob_N.view(ids_BT.shape)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return self.lm.final_norm(hidden) if self.own_norm is None else self.own_norm(hidden)

@@ -14,7 +14,7 @@ class TailSay(Term):
     name, key, needs = "tail_say", "tail_say_weight", frozenset({"tails"})
 
     def __call__(self, made: Pass) -> Tensor:
-        return -made.lens.verbalizer.say(made.activation_BD, made.tail_BT).mean()
+        return -made.lens.verbalizer.log_prob_of(made.activation_BD, made.tail_BT).mean()
 
 
 class TailRead(Term):

@@ -40,6 +40,17 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
         )
 
 
+def check_ids(op: str, ids_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    """Token ids are int64, one per row. That they are in the vocabulary is checked where no GPU must be waited for: on a CPU."""
+    if ids_N.dtype != torch.int64 or ids_N.shape != hidden_ND.shape[:1]:
+        raise OpError(f"{op}: ids must be int64 [{hidden_ND.shape[0]}], one per row, not {ids_N.dtype} {list(ids_N.shape)}")
+    check_device(op, hidden=hidden_ND, ids=ids_N)
+    if ids_N.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in ids_N.aminmax())
+        if low < 0 or high >= weight_VD.shape[0]:
+            raise OpError(f"{op}: ids {low} to {high} are not all in the vocabulary, 0 to {weight_VD.shape[0] - 1}")
+
+
 def check_softcap(op: str, softcap: float | None) -> None:
     """A soft-cap is absent or a positive number."""
     if softcap is not None and not softcap > 0:

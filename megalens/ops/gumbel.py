@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor
 
 from megalens.ops import gumbel_tile
 from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap, without_autocast
+from megalens.ops.implementations import IMPLEMENTATIONS, fastest, triton_version
+from megalens.ops.logits import head_logits
 from megalens.ops.noise import gumbel
-from megalens.ops.tile import tiles_pay, wide
-
-IMPLEMENTATIONS = ("reference", "tile", "triton")
+from megalens.ops.tile import wide
 
 
 class GumbelEmbed(NamedTuple):
@@ -84,7 +82,7 @@ def gumbel_embed(
         raise OpError(f"gumbel_embed: keys must be int64 [{hidden_BD.shape[0]}], one per row, not {keys_B.dtype} {list(keys_B.shape)}")
     check_device("gumbel_embed", hidden=hidden_BD, in_weight=in_weight_VD, keys=keys_B)
     if impl == "auto":
-        impl = _fastest(out_weight_VD)
+        impl = fastest(out_weight_VD)
     with without_autocast(hidden_BD):
         if impl == "reference":
             return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
@@ -94,40 +92,13 @@ def gumbel_embed(
         return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
 
 
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _fastest(weight_VD: Tensor) -> str:
-    if weight_VD.is_meta:  # shapes alone: as on a GPU
-        return "triton"
-    if weight_VD.is_cuda and weight_VD.dtype != torch.float64 and _has_triton():
-        return "triton"
-    return "tile" if tiles_pay(weight_VD) else "reference"
-
-
 def _implementation(impl: str, weight_VD: Tensor):
-    """The module of an implementation, or the error that says why it can not serve these weights."""
+    """The module of an implementation, or the error that says why it cannot serve these weights."""
     if impl == "tile":
         if weight_VD.device.type != "cpu":
             raise OpError(f'gumbel_embed: impl="tile" is for a CPU, and the weights are on {weight_VD.device}: use "auto"')
         return gumbel_tile
-    if not _has_triton():
-        raise OpError('gumbel_embed: impl="triton" needs triton: pip install triton, or use "auto"')
-    if weight_VD.dtype == torch.float64:
-        raise OpError('gumbel_embed: impl="triton" has no float64: use impl="reference"')
-    return import_module("megalens.ops.gumbel_triton")
-
-
-def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits ``[N, V]``: the product in the weights' dtype, everything after it in float32 (float64 for float64 weights)."""
-    logits_NV = hidden_ND @ weight_VD.T
-    if logits_NV.dtype != torch.float64:
-        logits_NV = logits_NV.float()
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
-    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+    return triton_version("gumbel_embed", weight_VD, "gumbel_triton")
 
 
 def _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap) -> GumbelEmbed:

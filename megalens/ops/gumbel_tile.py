@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalens.ops.native import call
 from megalens.ops.noise import split_keys
-from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
+from megalens.ops.tile import HeadGradients, add_product, columns, head_tiles, same_weight, tile_size, tiles, wide
 
 FEW_ROWS = 16
 STATE = 6  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
@@ -42,12 +42,7 @@ def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, 
         head = (out_weight_VD, out_weight_VD.stride(0), hidden, hidden.shape[1], bias_V, softcap or 0.0, keys_2B, len(out_weight_VD), rows)
         call("gumbel_few_forward", out_weight_VD.dtype, *head, *noise_and_sharpness, state, ids_B)
     else:
-        hidden_DB = columns(hidden_BD)
-        bias_V = None if bias_V is None else bias_V.to(hidden_DB.dtype).contiguous()
-        scratch_TB = hidden_DB.new_empty(tile_size(out_weight_VD), rows)
-        for tile, out_TD in tiles(out_weight_VD):
-            raw_TB = torch.mm(out_TD, hidden_DB, out=scratch_TB[: len(out_TD)])
-            bias_T = None if bias_V is None else bias_V[tile]
+        for tile, _, raw_TB, bias_T in head_tiles(columns(hidden_BD), out_weight_VD, bias_V):
             of_tile = (raw_TB, raw_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, len(raw_TB), rows)
             call("gumbel_statistics", raw_TB.dtype, *of_tile, *noise_and_sharpness, state, ids_B)
     top, mass, moment, noisy_top, noisy_mass, z_token = state
@@ -113,16 +108,12 @@ def assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights: bool) ->
 
     for _ in factors(mean_B):
         pass
-    total_BD = torch.zeros_like(hidden_BD, dtype=lse_B.dtype)
-    grad_weight_VD, grad_bias_V = torch.empty_like(out_weight_VD), None if bias_V is None else torch.empty_like(bias_V)
+    gradients = HeadGradients(hidden_BD, out_weight_VD, bias_V, (True, True, bias_V is not None))
     for tile, out_TD, factors_TM in factors(torch.zeros_like(mean_B)):
         gradient_TB, per_mean_TB = factors_TM.chunk(2, dim=1)
         gradient_TB = gradient_TB - (mean_B * per_mean_TB).to(gradient_TB.dtype)
-        add_product(total_BD, gradient_TB, out_TD)
-        grad_weight_VD[tile] = gradient_TB @ hidden_BD.to(gradient_TB.dtype)
-        if grad_bias_V is not None:
-            grad_bias_V[tile] = gradient_TB.sum(1)
-    return total_BD.to(hidden_BD.dtype), grad_weight_VD, grad_bias_V
+        gradients.add(tile, gradient_TB, out_TD)
+    return gradients.found()
 
 
 def put_together(total_MD: Tensor, mean_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalens.ops import kl_tile
 from megalens.ops.checks import OpError, cast_under_autocast, check_device, check_head, check_impl, check_softcap, without_autocast
-from megalens.ops.gumbel import head_logits
+from megalens.ops.logits import head_logits
 from megalens.ops.tile import tiles_pay, wide
 
 IMPLEMENTATIONS = ("reference", "tile")

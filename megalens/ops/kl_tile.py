@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalens.ops.native import call
-from megalens.ops.tile import add_product, columns, same_weight, tile_size, tiles, wide
+from megalens.ops.tile import HeadGradients, cap_slope, capped, columns, fold, is_native, same_weight, tile_size, tiles, wide
 
 
 def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> Iterator[tuple]:
@@ -36,25 +36,16 @@ def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias
         yield tile, p_TD, p_TD if tied else q_TD, (*raw, softcap or 0.0, *p_raw_TN.shape)
 
 
-def is_native(tensor: Tensor) -> bool:
-    """Is ``cpu/tile.cpp`` for this tensor?"""
-    return tensor.device.type == "cpu"
-
-
 def _statistics(dtype: torch.dtype, *of_tile) -> None:
     """Fold a tile into the state ``[2, 4, N]``."""
     *logits, state = of_tile
     if is_native(state):
         call("kl_statistics", dtype, *logits, torch.get_num_threads(), state)
         return
-    z_2TN = torch.stack(_capped(*logits))
+    z_2TN = torch.stack(_both_capped(*logits))
     top_2N = z_2TN.amax(1)
     e_2TN = (z_2TN - top_2N[:, None]).exp()
-    base_2N = torch.maximum(top_2N.double(), state[:, 0])
-    sums = torch.stack([e_2TN.sum(1), (e_2TN * z_2TN).sum(1), (e_2TN * z_2TN.flip(0)).sum(1)], dim=1)
-    kept, added = (state[:, 0] - base_2N).exp()[:, None], (top_2N - base_2N).exp()[:, None]
-    state[:, 1:] = state[:, 1:] * kept + sums * added
-    state[:, 0] = base_2N
+    fold(state, top_2N, torch.stack([e_2TN.sum(1), (e_2TN * z_2TN).sum(1), (e_2TN * z_2TN.flip(0)).sum(1)], dim=1))
 
 
 def _gradient(dtype: torch.dtype, *of_tile) -> None:
@@ -64,25 +55,19 @@ def _gradient(dtype: torch.dtype, *of_tile) -> None:
         call("kl_gradient", dtype, *logits, rows_10N, torch.get_num_threads(), p_out_TN, q_out_TN)
         return
     lses, divergences, entropies, grads, entropy_grads = rows_10N.split(2)
-    capped, cap = _capped(*logits), logits[6]
-    logs = [z_TN - lse_N for z_TN, lse_N in zip(capped, lses, strict=True)]
+    both_TN, softcap = _both_capped(*logits), logits[6]
+    logs = [z_TN - lse_N for z_TN, lse_N in zip(both_TN, lses, strict=True)]
     for side, out_TN in enumerate((p_out_TN, q_out_TN)):
         if out_TN is not None:
             log_own_TN, log_other_TN = logs[side], logs[1 - side]
             of_own_TN = grads[side] * (log_own_TN - log_other_TN - divergences[side]) - entropy_grads[side] * (log_own_TN + entropies[side])
             gradient_TN = log_own_TN.exp() * of_own_TN + grads[1 - side] * (log_own_TN.exp() - log_other_TN.exp())
-            slope = 1.0 - (capped[side] / cap).square() if cap else 1.0
-            out_TN[: len(gradient_TN)] = gradient_TN * slope
+            out_TN[: len(gradient_TN)] = gradient_TN * cap_slope(both_TN[side], softcap)
 
 
-def _capped(p_raw_TN, _p_stride, p_bias_T, q_raw_TN, _q_stride, q_bias_T, cap, *_shape) -> list[Tensor]:
+def _both_capped(p_raw_TN, _p_stride, p_bias_T, q_raw_TN, _q_stride, q_bias_T, softcap, *_shape) -> list[Tensor]:
     """Both sides' logits of a tile from what :func:`_logits` yields."""
-    sides = []
-    for raw_TN, bias_T in ((p_raw_TN, p_bias_T), (q_raw_TN, q_bias_T)):
-        z_TN = raw_TN.to(wide(raw_TN.dtype))
-        z_TN = z_TN if bias_T is None else z_TN + bias_T[:, None]
-        sides.append(cap * torch.tanh(z_TN / cap) if cap else z_TN)
-    return sides
+    return [capped(p_raw_TN, p_bias_T, softcap), capped(q_raw_TN, q_bias_T, softcap)]
 
 
 def forward(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> tuple[Tensor, ...]:
@@ -108,19 +93,12 @@ def backward(grads, found, hidden, weights, biases, softcap: float | None, wante
     divergences_and_entropies, lses = found[:4], found[4:]
     rows_10N = torch.stack([*lses, *divergences_and_entropies, *grads])
     narrow = columns(hidden[0]), columns(hidden[1])
-    rows, dtype = hidden[0].shape[0], lses[0].dtype
-    totals = [torch.zeros_like(h, dtype=dtype) if want else None for h, want in zip(hidden, wanted[:2], strict=True)]
-    others = [torch.empty_like(t) if want else None for t, want in zip((*weights, *biases), wanted[2:], strict=True)]
-    sides = [side for side in (0, 1) if any(wanted[side::2])]
+    rows, sides = hidden[0].shape[0], [side for side in (0, 1) if any(wanted[side::2])]
+    gradients = [HeadGradients(hidden[side], weights[side], biases[side], wanted[side::2]) for side in (0, 1)]
     scratch = [narrow[0].new_empty(tile_size(weights[0]), rows) if side in sides else None for side in (0, 1)]
     for tile, *embeddings, logits in _logits(*narrow, *weights, *biases, softcap):
         _gradient(narrow[0].dtype, *logits, rows_10N, *scratch)
         for side in sides:
-            gradient_TN = scratch[side][: len(embeddings[0])]
-            if totals[side] is not None:
-                add_product(totals[side], gradient_TN, embeddings[side])
-            if others[side] is not None:
-                others[side][tile] = gradient_TN @ narrow[side].T
-            if others[2 + side] is not None:
-                others[2 + side][tile] = gradient_TN.sum(1)
-    return *(None if total is None else total.to(hidden[0].dtype) for total in totals), *others
+            gradients[side].add(tile, scratch[side][: len(embeddings[0])], embeddings[side])
+    (p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias) = (of_side.found() for of_side in gradients)
+    return p_hidden, q_hidden, p_weight, q_weight, p_bias, q_bias

@@ -51,6 +51,8 @@ SIGNATURES = {
     ],
     "kl_statistics": [*_TILE, *_TILE, _DOUBLE, *[_INT64] * 2, _INT, _POINTER],
     "kl_gradient": [*_TILE, *_TILE, _DOUBLE, *[_INT64] * 2, _POINTER, _INT, *[_POINTER] * 2],
+    "log_prob_statistics": [*_TILE, _DOUBLE, _POINTER, *[_INT64] * 3, _INT, _POINTER],
+    "log_prob_gradient": [*_TILE, _DOUBLE, _POINTER, *[_INT64] * 3, _POINTER, _INT, _POINTER],
 }
 
 

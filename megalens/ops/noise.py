@@ -1,10 +1,12 @@
-"""Gumbel noise as a pure function of (seed, optimizer step, sample id, token index, vocabulary id).
+"""Gumbel noise as a pure function of (seed, optimizer step, sample id, draw, token index, vocabulary id).
 
-Counter-based: no generator, no state, so the same sample draws the same noise on any rank, engine or device, with or
-without recomputation, and a tile of the vocabulary can draw its own part again. Integer arithmetic up to the uniform,
+The draw tells apart the rollouts of one sample. Draw 0 is the noise of a training step that decodes each sample once.
+
+Counter-based: there is no generator and no state. The same sample draws the same noise on any rank, engine or device, with or
+without recomputation, and a tile of the vocabulary can draw its own part again. The arithmetic is in integers up to the uniform,
 which is float32 by definition; only the two logarithms are left to the device's rounding.
 
-The key of a row is SplitMix64's finaliser (Steele et al., 2014) over the four coordinates; the hash of (key, id) is the
+The key of a row is SplitMix64's finaliser (Steele et al., 2014) over the five coordinates; the hash of (key, id) is the
 32-bit "triple32" of C. Wellons' hash-prospector with the key's halves added before its first and second round.
 """
 
@@ -19,38 +21,45 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 HASH_1, HASH_2, HASH_3 = -0x12A52B45, -0x53B3E4AF, 0x31848BAB  # of triple32, as signed 32-bit numbers
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step: a bijection of the 64-bit integers that spreads every bit."""
-    x = x + _GOLDEN
+def _spread(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of the 64-bit integers that spreads every bit, and leaves 0 at 0."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int, draw: int = 0) -> Tensor:
-    """One noise key per row, a 64-bit hash of the row's four coordinates.
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's step: one more counted on, then spread."""
+    return _spread(x + _GOLDEN)
+
+
+def noise_keys(seed: int, update: int, sample_id_B: Tensor, token: int, draw: int | Tensor = 0) -> Tensor:
+    """One noise key per row, a 64-bit hash of the row's five coordinates.
 
     Args:
         seed: the training's seed.
         update: the optimizer step.
         sample_id_B: the samples' global ids, int64 ``[B]``.
         token: the index of the token in the explanation.
-        draw: which of several texts of one activation.
+        draw: which rollout of its sample a row is: one number for all rows, or int64 ``[B]``.
 
     Returns:
-        int64 ``[B]`` on the device of ``sample_id_B``. Within one (seed, update, token) distinct ids give distinct keys.
+        int64 ``[B]`` on the device of ``sample_id_B``. Within one (seed, update, token), distinct ids of one draw give distinct keys,
+        and so do distinct draws of one id.
 
     Raises:
-        OpError: ``sample_id_B`` is no int64 vector.
+        OpError: ``sample_id_B`` is no int64 vector, or ``draw`` neither a number nor one.
     """
     if sample_id_B.dtype != torch.int64 or sample_id_B.dim() != 1:
         raise OpError(f"noise_keys: sample_id_B must be int64 [B], not {sample_id_B.dtype} {list(sample_id_B.shape)}")
+    if not isinstance(draw, Tensor):
+        draw = torch.full_like(sample_id_B, draw)
+    elif draw.dtype != torch.int64 or draw.shape != sample_id_B.shape:
+        raise OpError(f"noise_keys: draw must be a number or int64 [{len(sample_id_B)}], not {draw.dtype} {list(draw.shape)}")
     where = _mix(torch.full_like(sample_id_B, seed))
     where = _mix(where ^ update)
     where = _mix(where ^ token)
-    if draw:
-        where = _mix(where ^ draw)
-    return _mix(_mix(sample_id_B) ^ where)
+    return _mix(_mix(sample_id_B) ^ where ^ _spread(draw))
 
 
 def split_keys(keys_B: Tensor) -> Tensor:

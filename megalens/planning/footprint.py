@@ -264,6 +264,9 @@ def _tile_bytes(function, args) -> int:
         hidden_ND, weight_VD, tiles = args[0], args[2], 2
     elif kind is torch.ops.megalens.vocab_divergences_backward:
         hidden_ND, weight_VD, tiles = args[2][0], args[2][2], 2 + sum(args[6][:2])
+    elif kind in (torch.ops.megalens.vocab_log_prob, torch.ops.megalens.vocab_log_prob_backward):
+        hidden_ND, weight_VD, *_ = args if kind is torch.ops.megalens.vocab_log_prob else args[1:]
+        return 4 * tile_size(weight_VD, len(hidden_ND)) * len(hidden_ND)
     else:
         return 0
     return 4 * tiles * tile_size(weight_VD) * len(hidden_ND)

@@ -87,9 +87,8 @@ void gumbel_factors(Rows<io> raw, Rows<io> q, const io* bias, real cap, const in
 #pragma omp simd
       for (int l = 0; l < kLanes; ++l) {
         real p = exp_((z[l] + noise * real(gumbel(low[l], high[l], id))) * sharpness - noisy_lse[l]);
-        real pq = p * (grad[l] - q_token[l]), log_plain = z[l] - lse[l];
-        real plain = exp_(log_plain) * (grad_lse[l] - grad_log_prob[l] - grad_entropy[l] * (log_plain + entropy[l]));
-        real slope = cap > 0 ? 1 - (z[l] / cap) * (z[l] / cap) : real(1);
+        real pq = p * (grad[l] - q_token[l]), slope = cap_slope(z[l], cap);
+        real plain = softmax_gradient(z[l] - lse[l], entropy[l], grad_lse[l] - grad_log_prob[l], grad_entropy[l]);
         factor[l] = (pq * sharpness + plain + (id == chosen[l] ? grad_log_prob[l] : real(0))) * slope;
         per_mean[l] = p * sharpness * slope;
         sum[l] += pq;

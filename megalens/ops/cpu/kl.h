@@ -73,7 +73,7 @@ void kl_gradient(const io* p_raw, int64_t p_stride, const io* p_bias, const io* 
 #pragma omp simd
       for (int l = 0; l < kLanes; ++l) {
         real log_p = zp[l] - p_lse[l], log_q = zq[l] - q_lse[l], p = exp_(log_p), q = exp_(log_q);
-        real p_slope = cap > 0 ? 1 - (zp[l] / cap) * (zp[l] / cap) : real(1), q_slope = cap > 0 ? 1 - (zq[l] / cap) * (zq[l] / cap) : real(1);
+        real p_slope = cap_slope(zp[l], cap), q_slope = cap_slope(zq[l], cap);
         p_grad[l] = (p * (grad_kl[l] * (log_p - log_q - kl[l]) - grad_p_entropy[l] * (log_p + p_entropy[l])) + grad_reverse[l] * (p - q)) * p_slope;
         q_grad[l] = (q * (grad_reverse[l] * (log_q - log_p - reverse[l]) - grad_q_entropy[l] * (log_q + q_entropy[l])) + grad_kl[l] * (q - p)) * q_slope;
       }

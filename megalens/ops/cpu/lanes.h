@@ -1,4 +1,4 @@
-// Arithmetic and iteration that gumbel.h, few.h and kl.h share. io: the type of tiles (float, double, bf16 bits); real: of arithmetic.
+// Arithmetic and iteration that gumbel.h, few.h, kl.h and log_prob.h share. io: the type of tiles (float, double, bf16 bits); real: of arithmetic.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -99,6 +99,16 @@ inline void logits(const io* raw, const Block& block, real bias, real cap, real*
   if (cap > 0) {
     for (int l = 0; l < kLanes; ++l) z[l] = cap * tanh_(z[l] / cap);
   }
+}
+
+// Derivative of the soft-cap, from capped logits.
+template <class real>
+inline real cap_slope(real z, real cap) { return cap > 0 ? 1 - (z / cap) * (z / cap) : real(1); }
+
+// What the log-sum-exp and the entropy of a soft-max send into a logit, from its log-probability.
+template <class real>
+inline real softmax_gradient(real log_p, real entropy, real grad_lse, real grad_entropy) {
+  return exp_(log_p) * (grad_lse - grad_entropy * (log_p + entropy));
 }
 
 template <class io, class real>

@@ -1,12 +1,13 @@
-// What lies between the matrix products of the CPU tile versions (gumbel_tile.py, kl_tile.py): one pass over a tile [T, B]
+// What lies between the matrix products of the CPU tile versions (gumbel_tile.py, kl_tile.py, log_prob_tile.py): one pass over a tile [T, B]
 // per direction. Sixteen rows of the batch are the lanes of a vector, so sums over the vocabulary need no shuffle.
 // Statistics are folded per chunk of ids in a fixed order: the result does not depend on the number of threads.
 // Plain C++ that a compiler vectorises. The exported functions have one name per type of tile.
 #include "few.h"
 #include "gumbel.h"
 #include "kl.h"
+#include "log_prob.h"
 
-#define EXPORT(suffix, io, real)                                                                                                          \
+#define EXPORT(suffix, io, real)                                                                                                           \
   extern "C" void gumbel_statistics_##suffix(const io* raw, int64_t stride, const io* bias, double cap, const int32_t* keys,               \
                                              int64_t first_id, int64_t ids, int64_t rows, double noise, double sharpness, int threads,     \
                                              double* state, int64_t* arg) {                                                                \
@@ -14,8 +15,8 @@
     gumbel_statistics<io, real>(tile, bias, cap, keys, first_id, ids, rows, noise, sharpness, threads, state, arg);                        \
   }                                                                                                                                        \
   extern "C" void gumbel_gradient_##suffix(const io* raw, int64_t stride, const io* q, int64_t q_stride, const io* bias, double cap,       \
-                                           const int32_t* keys, int64_t first_id, int64_t ids, int64_t rows, double noise,                \
-                                           double sharpness, const real* per_row, const int64_t* token, int threads, io* out,             \
+                                           const int32_t* keys, int64_t first_id, int64_t ids, int64_t rows, double noise,                 \
+                                           double sharpness, const real* per_row, const int64_t* token, int threads, io* out,              \
                                            double* mean) {                                                                                 \
     std::vector<real> partial((ids + kChunk - 1) / kChunk * rows);                                                                         \
     for_chunks(ids, threads, [&](int64_t chunk, int64_t begin, int64_t end) {                                                              \
@@ -32,6 +33,14 @@
   extern "C" void kl_gradient_##suffix(const io* p, int64_t p_stride, const io* p_bias, const io* q, int64_t q_stride, const io* q_bias,   \
                                        double cap, int64_t ids, int64_t rows, const real* per_row, int threads, io* p_out, io* q_out) {    \
     kl_gradient<io, real>(p, p_stride, p_bias, q, q_stride, q_bias, cap, ids, rows, per_row, threads, p_out, q_out);                       \
+  }                                                                                                                                        \
+  extern "C" void log_prob_statistics_##suffix(const io* raw, int64_t stride, const io* bias, double cap, const int64_t* token,            \
+                                               int64_t first_id, int64_t ids, int64_t rows, int threads, double* state) {                  \
+    log_prob_statistics<io, real>({raw, stride}, bias, cap, token, first_id, ids, rows, threads, state);                                   \
+  }                                                                                                                                        \
+  extern "C" void log_prob_gradient_##suffix(const io* raw, int64_t stride, const io* bias, double cap, const int64_t* token,              \
+                                             int64_t first_id, int64_t ids, int64_t rows, const real* per_row, int threads, io* out) {     \
+    log_prob_gradient<io, real>({raw, stride}, bias, cap, token, first_id, ids, rows, per_row, threads, out);                              \
   }
 
 #define EXPORT_FEW(suffix, weight_t)                                                                                                       \
