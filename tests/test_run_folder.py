@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tiny_run import make_subject_and_dump, tiny_config
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import check_checkpoint
 from megalens.checkpoint.formats.megalens import read_weights
 from megalens.checkpoint.run_folder import RunFolder
+from megalens.config import Checkpoint
 from megalens.engine.state import Part
 from megalens.files import point
+from megalens.train import train
 
 
 def write(run, step, best, kept=()):
@@ -168,3 +171,214 @@ def test_full_disk_is_an_os_error_that_names_the_file_and_leaves_no_half_checkpo
         assert names(run) == [old]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# --------------------------------------------------------------------------- what others put there, and what a copy loses
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 8 micro-steps whose checkpoints at 4 and 8 are both kept; copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_subject_and_dump(folder)
+    assert train(config_of(folder, "original", "8s")) == 0
+    return folder
+
+
+def config_of(folder, run_name, length):
+    config = tiny_config(folder, run_name, max_train_steps=length, checkpoint=Checkpoint(save_interval="4s", keep_every="4s"))
+    config.gumbel_tau_schedule.num_steps = "16s"
+    return config
+
+
+def copy(trained, name):
+    """A copy of the run, links as links, and the configuration that trains it 4 micro-steps longer."""
+    shutil.copytree(trained / "outputs" / "original", trained / "outputs" / name, symlinks=True)
+    return config_of(trained, name, "12s")
+
+
+def listing(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_others_put_beside_the_checkpoints_stays_and_stops_nothing(trained):
+    config = copy(trained, "foreign")
+    checkpoints = config.run_dir / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "paper-figure-3")
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-00000004-copy")
+    (checkpoints / "my_notes").mkdir()
+    (checkpoints / "my_notes" / "thesis.md").write_text("x")
+    for name in (".DS_Store", "notes.txt", ".notes.txt.removed", "step-00000099"):
+        (checkpoints / name).write_text("x")
+    (checkpoints / "link").symlink_to(trained / "model")
+    (checkpoints / "step-00000098").symlink_to(trained / "model")
+    (checkpoints / "step-00000097").symlink_to("nowhere")
+    theirs = {path.name for path in checkpoints.iterdir()} - {"step-00000004", "step-00000008"}
+    before = {name: listing(checkpoints / name) for name in theirs}
+    assert train(config) == 0
+    assert {path.name for path in checkpoints.iterdir()} == theirs | {"step-00000004", "step-00000008", "step-00000012"}
+    assert {name: listing(checkpoints / name) for name in theirs} == before
+    config.checkpoint.resume = False
+    assert train(config) == 0
+    assert theirs <= {path.name for path in checkpoints.iterdir()}
+
+
+def test_file_that_comes_while_a_checkpoint_is_written_stops_nothing_and_is_no_part_of_it(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run, 10, [])
+    folder = run.begin("step-00000020")
+    for name in (".DS_Store", "._lens.json", "notes.txt"):
+        (folder / name).write_text("x")
+        (run.checkpoints / name).write_text("x")
+    (folder / "trainer.json").write_text("{}")
+    run.finish("step-00000020", [])
+    assert json.loads((run.last / "checksums.json").read_text()).keys() == {"trainer.json"}
+    assert names(run) == [".DS_Store", "._lens.json", "notes.txt", "step-00000020"]
+
+
+@pytest.mark.parametrize("inside", ["", "engine"])
+def test_foreign_file_in_a_checkpoint_is_no_damage_and_is_not_read(trained, inside):
+    config = copy(trained, f"inside-{inside}")
+    folder = config.run_dir / "checkpoints" / "step-00000008" / inside
+    for name in (".DS_Store", "notes.txt", "lens-old.safetensors", "optimizer-old.safetensors", "lens.safetensors.bak"):
+        (folder / name).write_text("x")
+    assert train(config) == 0
+    assert (config.run_dir / "last").resolve().name == "step-00000012"
+
+
+def test_removal_that_is_held_up_does_not_stop_a_save(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    write(run, 10, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
+        write(run, 20, [])
+    assert names(run) == [".step-00000010.removed", "step-00000020"]
+    write(run, 30, [])
+    assert names(run) == ["step-00000030"]
+
+
+@pytest.mark.parametrize("last", ["missing", "dangling"])
+def test_lost_last_is_found_again_and_nothing_is_removed(trained, capsys, last):
+    config = copy(trained, f"lost-{last}")
+    for link in ("last", "best"):
+        (config.run_dir / link).unlink()
+    if last == "dangling":
+        (config.run_dir / "last").symlink_to("checkpoints/nope")
+    assert train(config) == 0
+    told = capsys.readouterr().err
+    assert f"{config.run_dir} has no link `last`: going on from its newest whole checkpoint, step-00000008" in told
+    assert f"from step-00000008 of {config.run_dir}" in told
+    assert {path.name for path in (config.run_dir / "checkpoints").iterdir()} == {f"step-{step:08d}" for step in (4, 8, 12)}
+    assert os.readlink(config.run_dir / "best").startswith("checkpoints/step-")
+
+
+def test_lost_last_with_a_damaged_newest_goes_on_from_the_one_before_and_keeps_the_damaged_one(trained, capsys):
+    config = copy(trained, "lost-and-damaged")
+    (config.run_dir / "last").unlink()
+    newest = config.run_dir / "checkpoints" / "step-00000008"
+    damage(newest / "lens.safetensors")
+    before = {path.name: content for path, content in listing(newest).items()}
+    assert train(config) == 0
+    assert "checkpoint, step-00000004; step-00000008 is set aside as damaged: " in capsys.readouterr().err
+    aside = config.run_dir / "checkpoints" / "step-00000008.damaged"
+    assert {path.name: content for path, content in listing(aside).items()} == before
+
+
+def test_lost_last_without_a_whole_checkpoint_is_refused_and_nothing_is_removed(trained):
+    config = copy(trained, "nothing-whole")
+    (config.run_dir / "last").unlink()
+    for path in (config.run_dir / "checkpoints").iterdir():
+        (path / "lens.json").unlink()
+    before = listing(config.run_dir / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=r"no link `last`, and none of its checkpoints is whole: .*step-00000008/lens.json is missing;"
+    ):
+        train(config)
+    assert listing(config.run_dir / "checkpoints") == before
+    config.checkpoint.resume = False
+    assert train(config) == 0
+
+
+def test_last_that_leads_out_of_the_run_is_refused_and_nothing_is_removed(trained):
+    config = copy(trained, "astray")
+    target = trained / "elsewhere" / "step-00000016"
+    shutil.copytree(config.run_dir / "checkpoints" / "step-00000004", target)
+    point(config.run_dir / "last", target)
+    before = listing(config.run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"astray/last leads to .*elsewhere/step-00000016, which is none of the run's checkpoints"):
+        train(config)
+    assert listing(config.run_dir / "checkpoints") == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_links_that_a_copy_made_folders_are_told_and_the_mend_works(trained, resume):
+    config = config_of(trained, f"followed it's {resume}", "12s")
+    shutil.copytree(trained / "outputs" / "original", config.run_dir, symlinks=False)
+    config.checkpoint.resume = resume
+    with pytest.raises(CheckpointError, match=r"last and .*/best are no link into checkpoints/, .*; mend it with `") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    assert not (config.run_dir / ".last.new").exists()
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    assert train(config) == 0
+    assert (config.run_dir / "last").resolve().name == "step-00000012"
+
+
+def test_folder_of_someone_else_where_the_link_goes_is_moved_aside(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run, 10, ["this"])
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "picture.png").write_text("x")
+    with pytest.raises(CheckpointError, match="best is no link") as error:
+        run.tidy()
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    run.tidy()
+    assert (tmp_path / "best.moved" / "picture.png").is_file()
+    assert (tmp_path / "best").resolve().name == "step-00000010"
+
+
+def test_memory_setting_may_change_where_a_run_goes_on(trained):
+    config = copy(trained, "less-memory")
+    config.verbalizer.checkpoint_every_n_tokens = 1
+    assert train(config) == 0
+    assert (config.run_dir / "last").resolve().name == "step-00000012"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda saved: saved.pop("progress"), "does not tell where the training stands"),
+        (lambda saved: saved.pop("identity"), "holds no progress or identity"),
+        (lambda saved: saved["progress"].update(weather=1), "holds 'weather', which this version of megalens does not know"),
+    ],
+)
+def test_trainer_state_of_another_shape_is_refused_in_a_line(trained, change, told, request):
+    config = copy(trained, f"state-{request.node.callspec.id}")
+    path = config.run_dir / "checkpoints" / "step-00000008" / "trainer.json"
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+    (path.parent / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=told):
+        train(config)
+
+
+def test_key_that_an_older_version_did_not_save_is_held_against_its_default(trained):
+    config = copy(trained, "older")
+    path = config.run_dir / "checkpoints" / "step-00000008" / "trainer.json"
+    saved = json.loads(path.read_text())
+    del saved["identity"]["verbalizer.inject"]
+    path.write_text(json.dumps(saved))
+    (path.parent / "checksums.json").unlink()
+    config.verbalizer.inject = "embedding"
+    with pytest.raises(CheckpointError, match=r"was begun with verbalizer.inject=block \(now embedding\)"):
+        train(config)
+    config.verbalizer.inject = "block"
+    assert train(config) == 0
