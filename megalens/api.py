@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalens.checkpoint.formats.megalens import load_lens, read_statistics
+from megalens.checkpoint.formats import load_lens
 from megalens.data.pretokenize import encode
 from megalens.evaluate import EvaluationError
 from megalens.evaluate.metrics import Reference
@@ -44,13 +44,15 @@ class Lens:
 
         Args:
             folder: for example ``outputs/<run>/best``.
-            changes: configuration keys that are other here, e.g. ``device="cpu"``, ``dtype="fp32"``, ``model_name="/models/x"``.
+            changes: configuration keys that are other here, e.g. ``device="cpu"``, ``dtype="fp32"``, ``model_name="/models/x"``;
+                ``trust_remote_code=True`` where the subject needs code of its own: a checkpoint never says so itself.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its subject is another model.
             ConfigError: its subject can not be loaded.
         """
-        return cls(load_lens(folder, **changes), Reference.of(read_statistics(folder)))
+        loaded = load_lens(folder, **changes)
+        return cls(loaded.lens, Reference.of(loaded.statistics))
 
     def explain(self, text: str, batch_size: int = 64) -> list[TokenExplanation]:
         """What the lens says at each token of a text, in order.

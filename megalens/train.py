@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def train(config) -> int:
     """Build everything, train, close."""
+    from megalens.checkpoint.formats.megalens import read_optimizer
     from megalens.data.loader import ActivationLoader
     from megalens.data.source import training_loader
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
@@ -75,11 +76,10 @@ def train(config) -> int:
         return 0
 
     lens = build_lens(config, start.statistics.mean, start.statistics.var, empty_blocks=shards_weights(config))
-    if start.weights is not None:
-        lens.load_lens_state(start.weights)
-    engine = build_engine(config, lens, lens.parameter_groups(), start.weights)
-    if start.optimizer is not None:
-        engine.load_state(start.optimizer)
+    weights = None if start.weights is None else lens.load_lens_state(start.weights)
+    engine = build_engine(config, lens, lens.parameter_groups(), weights)
+    if start.resumed is not None:
+        engine.load_state(read_optimizer(start.resumed, lens.lens_state_names()))
     validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
     run = Run.open(config, folder, start.progress, clock) if engine.is_main else Run(folder)
     run.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.last_step} micro-steps")

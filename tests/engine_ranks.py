@@ -13,6 +13,7 @@ from test_engine import GROUPS, NAMES, At, FakeLens, make_batch
 
 from megalens.config import Config, Fsdp
 from megalens.engine import build_engine, join_ranks, leave_ranks
+from megalens.engine.state import OptimizerState
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [None, "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
@@ -65,7 +66,7 @@ def run(stage, dtype, folder):
 def go_on(stage, dtype, folder, weights):
     """The last three updates, from what another engine saved."""
     engine = make_engine(stage, dtype, weights)
-    engine.load_state(folder)
+    engine.load_state(OptimizerState(folder))
     return finish(engine, [step(engine, update) for update in range(3, 6)])
 
 

@@ -13,6 +13,7 @@ from megalens.data.dump import dump
 from megalens.data.pretokenize import pretokenize
 from megalens.data.shards import ShardReader
 from megalens.engine.state import Part
+from megalens.lens.names import stable_names
 from megalens.objective import build_lens
 from megalens.statistics import Statistics
 from megalens.tiny import make_model, make_text
@@ -45,7 +46,8 @@ def make_run(folder: Path, kind: str = "llama") -> Path:
     statistics = Statistics.of(ShardReader(config.activation_dir("train")))
     lens = build_lens(config, statistics.mean, statistics.var)
     draw, state = torch.Generator().manual_seed(1), lens.state_dict()
-    weights = {name: state[name] + 0.05 * torch.randn(state[name].shape, generator=draw) for name in lens.lens_state_names()}
+    names = stable_names(lens.lens_state_names())
+    weights = {stable: state[name] + 0.05 * torch.randn(state[name].shape, generator=draw) for name, stable in names.items()}
     checkpoint = config.run_dir / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
     save_lens(checkpoint, config, Part(weights), statistics, lens.subject.fingerprint)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megalens.config import config_from_dict
 from megalens.engine import build_engine, data_share, join_ranks, leave_ranks, shards_weights
+from megalens.engine.state import OptimizerState
 from megalens.objective import Step, build_lens
 
 CASES = {  # shards of the slices on the other two ranks, or copies
@@ -70,7 +71,7 @@ def main(folder: Path) -> None:
         engine.traffic.calls.clear()
         texts = lens.verbalize(batches()[0]["activation"][:2]).tolist()
         decode = dict(engine.traffic.calls)
-        engine.load_state(place)
+        engine.load_state(OptimizerState(place))
         last = engine.train_step([share(batches()[STEPS], *data_share(engine.config))], at(engine, STEPS))
         sums = count_sums(engine, share(batches()[0], *data_share(engine.config)))
         engine.close()

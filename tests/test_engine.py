@@ -18,6 +18,7 @@ from megalens.config import Config
 from megalens.engine import EngineError, build_engine, ds_config, state
 from megalens.engine.base import optimizer_groups
 from megalens.engine.local import PART
+from megalens.engine.state import OptimizerState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,7 +165,7 @@ def test_saved_and_loaded_engine_goes_on_bitwise(tmp_path, dtype):
         engine.train_step([make_batch(update)], At(update))
     engine.optimizer_part().write(tmp_path, "optimizer")
     other = make_engine(dtype, weights=engine.full_state(NAMES))
-    other.load_state(tmp_path)
+    other.load_state(OptimizerState(tmp_path))
     for update in range(3, 6):
         assert engine.train_step([make_batch(update)], At(update)) == other.train_step([make_batch(update)], At(update))
     mine, theirs = engine.full_state(NAMES), other.full_state(NAMES)
@@ -175,7 +176,7 @@ def test_state_saved_before_the_first_step_is_a_fresh_one(tmp_path):
     engine = make_engine()
     engine.optimizer_part().write(tmp_path, "optimizer")
     other = make_engine()
-    other.load_state(tmp_path)
+    other.load_state(OptimizerState(tmp_path))
     assert engine.train_step([make_batch(0)], At(1)) == other.train_step([make_batch(0)], At(1))
     assert all(torch.equal(value, other.full_state(NAMES)[name]) for name, value in engine.full_state(NAMES).items())
 
@@ -189,10 +190,10 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
     del groups["head"]["head.bias"]
     other = build_engine(Config(device="cpu"), module, groups)
     with pytest.raises(EngineError, match=r"head\.bias"):
-        other.load_state(tmp_path)
+        other.load_state(OptimizerState(tmp_path))
     (tmp_path / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(EngineError, match="can not be read"):
-        engine.load_state(tmp_path)
+        engine.load_state(OptimizerState(tmp_path))
 
 
 def test_sgd_moves_against_the_clipped_gradient_and_keeps_no_state(tmp_path):
@@ -203,9 +204,9 @@ def test_sgd_moves_against_the_clipped_gradient_and_keeps_no_state(tmp_path):
     expected = module.head.weight - 0.005 * min(1.0, 0.5 / metrics["grad_norm"]) * module.head.weight.grad
     torch.testing.assert_close(engine.full_state(["head.weight"])["head.weight"], expected.detach(), rtol=1e-6, atol=1e-7)
     engine.optimizer_part().write(tmp_path, "optimizer")
-    engine.load_state(tmp_path)
+    engine.load_state(OptimizerState(tmp_path))
     with pytest.raises(EngineError, match=r"of another optimizer or other parameters \(exp_avg"):
-        make_engine().load_state(tmp_path)
+        make_engine().load_state(OptimizerState(tmp_path))
 
 
 def test_norm_of_a_million_gradients_is_exact():

@@ -10,6 +10,7 @@ from launched import ROOT, environment
 from safetensors.torch import load_file
 
 from megalens.config import Config, ConfigError, config_from_dict
+from megalens.engine.state import OptimizerState
 from megalens.lens.subject import load_subject
 from megalens.tiny import make_model
 
@@ -40,7 +41,7 @@ def test_sliced_lens_is_trained_as_by_one_process_and_goes_on_there(sliced, kind
         assert (saved[name] - value).norm() <= 1e-3 * value.norm(), name  # AdamW's first steps divide what is next to nothing by itself
     assert lens.verbalize(batches[0]["activation"][:2]).tolist() == seen["texts"]
 
-    engine.load_state(sliced / f"{kind}-saved")
+    engine.load_state(OptimizerState(sliced / f"{kind}-saved"))
     assert seen["metrics"][-1] == pytest.approx(engine.train_step([batches[-1]], tensor_ranks.at(engine, tensor_ranks.STEPS)), rel=1e-5)
 
 

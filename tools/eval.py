@@ -6,6 +6,7 @@ usage: python tools/eval.py checkpoint=outputs/<run>/best [key=value ...]
   evaluation.num_samples=N        held-out rows (-1: all)
   evaluation.bootstrap=N          resamples of documents for the 95 % intervals (0: no intervals)
   device=cpu|cuda dtype=bf16|fp32 where and how to compute
+  trust_remote_code=true          run code that comes with the subject; a checkpoint never says so itself
 
 Other keys are those the lens was trained with (conf/config.yaml lists them all). Needs the run's validation dump (tools/dump_acts.py).
 """
@@ -19,8 +20,9 @@ from megalens import cli
 
 
 def main(arguments: list[str]) -> None:
-    from megalens.checkpoint.formats.megalens import load_lens, read_about, read_statistics
-    from megalens.config import ConfigError, config_from_dict
+    from megalens.checkpoint.formats import load_lens
+    from megalens.checkpoint.formats.megalens import check_subject, read_about, read_config
+    from megalens.config import ConfigError
     from megalens.data.loader import ActivationLoader
     from megalens.evaluate import report
     from megalens.evaluate.evaluation import evaluate
@@ -33,17 +35,18 @@ def main(arguments: list[str]) -> None:
     if len(named) != 1:
         raise ConfigError("name one checkpoint: python tools/eval.py checkpoint=outputs/<run>/best")
     folder = Path(named[0].split("=", 1)[1])
-    about = read_about(folder)
-    config = config_from_dict(about["config"], [a for a in arguments if a not in named])
+    config = read_config(folder, [a for a in arguments if a not in named])
+    fingerprint = subject_fingerprint(config)
+    check_subject(folder, fingerprint)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
     loader.reader.check_matches(
         tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config)),
-        subject_fingerprint=subject_fingerprint(config),
+        subject_fingerprint=fingerprint,
         layer=config.layer_l,
-        d=about["width"],
+        d=read_about(folder)["width"],
     )
-    lens = load_lens(folder, **dataclasses.asdict(config))
-    result = evaluate(lens, loader, config, Reference.of(read_statistics(folder)))
+    loaded = load_lens(folder, **dataclasses.asdict(config))
+    result = evaluate(loaded.lens, loader, config, Reference.of(loaded.statistics))
     result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))

@@ -3,9 +3,11 @@
 FVE: 1 is a perfect rebuild, 0 no better than the training mean.
 
 usage: python tools/explain.py checkpoint=outputs/<run>/best "any text" [--json] [--html FILE] [device=cpu|cuda] [dtype=bf16|fp32]
+       [trust_remote_code=true]
 
   "any text"   the text; - reads it from the standard input
   --json       print a JSON list of token, explanation and fve instead of a table
+  trust_remote_code=true  run code that comes with the subject; a checkpoint never says so itself
   --html FILE  also write a page with the tokens coloured by their FVE, the explanations on hover
 
 A * marks positions outside those the lens was trained on (the first ones are attention sinks): read them with care.
@@ -19,7 +21,7 @@ from dataclasses import asdict
 
 from megalens import cli
 
-SETTINGS = ("checkpoint", "device", "dtype", "model_name")
+SETTINGS = ("checkpoint", "device", "dtype", "model_name", "trust_remote_code")
 USAGE = 'python tools/explain.py checkpoint=outputs/<run>/best "any text"'
 
 

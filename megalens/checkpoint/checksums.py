@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megalens.checkpoint import CheckpointError
+from megalens.checkpoint import CheckpointError, finished_checkpoints
 from megalens.files import checksum
 
 CHECKSUMS = "checksums.json"
@@ -26,22 +27,33 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can not be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} can not be read: it holds no JSON object")
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
     return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
     check_file(path)
     try:
         return load_file(str(path))
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} can not be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def sums_of(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Checksums of files, by their paths in the folder."""
     return {str(path.relative_to(folder)): checksum(path) for path in paths}
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """Give a checkpoint its checksums, written without a blank: no byte of them can change and mean the same."""
+    (folder / CHECKSUMS).write_text(json.dumps(dict(sorted(sums.items())), separators=(",", ":")), encoding="utf-8")
 
 
 def check_file(path: Path) -> None:
@@ -56,15 +68,14 @@ def check_file(path: Path) -> None:
 
 
 def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
-    """Hold every file, or a share of them, of a checkpoint against its checksum.
+    """Hold every file, or a share of them, of a checkpoint against its checksum. Files that are not the checkpoint's do not count.
 
     Raises:
-        CheckpointError: one is damaged, missing or not the checkpoint's.
+        CheckpointError: one is damaged or missing.
     """
     sums = _checksums(folder)
     if sums is not None:
-        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {CHECKSUMS}
-        for name in sorted(found | sums.keys())[share]:
+        for name in sorted(sums)[share]:
             _hold(folder, name, sums)
 
 
@@ -83,13 +94,16 @@ def _checksums(folder: Path) -> dict[str, str] | None:
 
 def _hold(folder: Path, name: str, sums: dict[str, str]) -> None:
     path = folder / name
-    if not path.is_file() or name not in sums or checksum(path) != sums[name]:
+    if path.is_file() and name not in sums:
+        raise CheckpointError(f"{path} is not a file of the checkpoint: checksums.json does not list it; move it away")
+    if not path.is_file() or checksum(path) != sums[name]:
         what = "is missing" if not path.is_file() else "does not match its checksum in checksums.json: one of the two is damaged"
         raise CheckpointError(f"{path} {what}; {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:
     """How to go on without a damaged checkpoint."""
-    others = sorted(path.name for path in folder.parent.glob("step-*") if path.name != folder.name)
-    older = f"go back to another with `ln -sfn checkpoints/{others[-1]} {folder.parent.parent / 'last'}`, " if others else ""
+    others = [path.name for path in finished_checkpoints(folder.parent) if path.name != folder.name]
+    last = shlex.quote(str(folder.parent.parent / "last"))
+    older = f"go back to another with `ln -sfn checkpoints/{others[-1]} {last}`, " if others else ""
     return f"copy it anew from where it is whole, {older}or train anew with checkpoint.resume=false"

@@ -13,7 +13,6 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalens.device import materialise
-from megalens.engine.state import MOMENTS, EngineError, Part, copied, owners
+from megalens.engine.state import MOMENTS, EngineError, OptimizerState, Part, copied, owners
 
 Groups = dict[str, dict[str, nn.Parameter]]
 Batch = dict[str, Tensor]
@@ -136,7 +135,7 @@ class Engine(ABC):
         """Steps that the optimizer counts; 0 where it counts none."""
 
     @abstractmethod
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, saved: OptimizerState) -> None:
         """Take over the optimizer state that any engine wrote, on however many ranks.
 
         Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,8 +139,8 @@ class FsdpEngine(Engine):
     def steps_taken(self) -> float:
         return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
 
-    def load_state(self, folder: Path) -> None:
-        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.masters})
+    def load_state(self, saved: OptimizerState) -> None:
+        saved.expect(self.moments, {name: self.shapes[name] for name in self.masters})
         for name, master in self.masters.items() if self.moments else ():
             shard = self.shards[name]
             shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,8 +87,8 @@ class LocalEngine(Engine):
     def steps_taken(self) -> float:
         return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
 
-    def load_state(self, folder: Path) -> None:
-        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.masters})
+    def load_state(self, saved: OptimizerState) -> None:
+        saved.expect(self.moments, {name: self.shapes[name] for name in self.masters})
         for name, master in self.masters.items() if self.moments else ():
             moments = {key: value.to(self.device) for key, value in saved.moments(name).items()}
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=self.device), **moments}

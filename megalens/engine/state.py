@@ -1,11 +1,17 @@
-"""Weights and optimizer state on disk: whole float32 tensors by parameter name, whatever engine and however many ranks wrote them.
+"""Weights and optimizer state on disk: whole float32 tensors by name, whatever engine and however many ranks wrote them.
 
-What fits into one file of :data:`FILE_BYTES` is one, written by rank 0; more is divided over as many ranks as there are such files, so that
-no rank ever holds or writes the whole of a large state. Any number of ranks of any engine reads it back, one tensor at a time.
+What fits into one file of :data:`FILE_BYTES` is one, ``<stem>.safetensors``, written by rank 0; more is divided over as many ranks as there
+are such files, ``<stem>-00001-of-00004.safetensors`` and so on, so that no rank ever holds or writes the whole of a large state. Any number
+of ranks of any engine reads it back, one tensor at a time.
+
+A parameter's weight lies under its name on disk, what the optimizer keeps for it under ``<moment>.<name>``. Engines call parameters as the
+module does; whoever writes or reads says what each is called on disk.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +37,14 @@ class Part:
     index: int = 0
     count: int = 1
 
+    def named(self, names: dict[str, str]) -> Part:
+        """The same tensors under other names.
+
+        Args:
+            names: what each parameter is called on disk, by its name in the module.
+        """
+        return dataclasses.replace(self, tensors={_named(key, names): value for key, value in self.tensors.items()})
+
     def write(self, folder: Path, stem: str) -> list[Path]:
         """Write it into the folder; returns the file, if there is one.
 
@@ -42,6 +56,18 @@ class Part:
         path = folder / (f"{stem}.safetensors" if self.count == 1 else f"{stem}-{self.index + 1:05d}-of-{self.count:05d}.safetensors")
         save_tensors(path, self.tensors)
         return [path]
+
+
+def _named(key: str, names: dict[str, str]) -> str:
+    """``name`` or ``moment.name`` under the parameter's name on disk; ``step`` stays."""
+    moment, _, name = key.partition(".")
+    return names[key] if key in names else f"{moment}.{names[name]}" if name in names else key
+
+
+def part_files(folder: Path, stem: str) -> list[Path]:
+    """The files that :meth:`Part.write` wrote, in order; other files beside them do not count."""
+    written = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    return sorted(path for path in folder.glob("*.safetensors") if written.fullmatch(path.name))
 
 
 def owners(sizes: dict[str, int], ranks: int) -> tuple[dict[str, int], int]:
@@ -64,31 +90,51 @@ class OptimizerState:
 
     Args:
         folder: where it lies.
-        moments: what the optimizer keeps for each parameter.
-        shapes: the shapes of the parameters that want it.
+        names: what each parameter is called on disk, by its name in the module; None: the same.
 
     Raises:
-        EngineError: it is unreadable, or of another optimizer or other parameters.
+        EngineError: it is unreadable.
     """
 
-    def __init__(self, folder: Path, moments: tuple[str, ...], shapes: dict[str, tuple[int, ...]]):
-        self.names, self._files = moments, {}
+    def __init__(self, folder: Path, names: dict[str, str] | None = None):
+        self.folder, self._names, self._files = folder, names or {}, {}
         try:
-            for path in sorted(folder.glob("optimizer*.safetensors")):
+            for path in part_files(folder, "optimizer"):
                 file = safe_open(str(path), "pt")
                 self._files |= dict.fromkeys(file.keys(), file)
         except (SafetensorError, OSError) as error:
-            raise EngineError(f"{path} can not be read: {error}; start anew with checkpoint.resume=false") from None
-        wanted = {"step": ()} | {f"{key}.{name}": tuple(shape) for key in moments for name, shape in shapes.items()}
+            raise EngineError(f"{path} cannot be read: {error}; start anew with checkpoint.resume=false") from None
+        self._moments = sorted({key.partition(".")[0] for key in self._files} - {"step"})
+
+    def expect(self, moments: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> None:
+        """Make sure that it is the state of some parameters.
+
+        Args:
+            moments: what the optimizer keeps for each parameter.
+            shapes: the parameters' shapes, by their names in the module.
+
+        Raises:
+            EngineError: it is of another optimizer or other parameters.
+        """
+        wanted = {"step": ()} | {self._key(moment, name): tuple(shape) for moment in moments for name, shape in shapes.items()}
         found = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._files.items()}
         wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         if wrong:
-            raise EngineError(f"{folder} is of another optimizer or other parameters ({wrong[0]}); start anew with checkpoint.resume=false")
-        self.step = self._files["step"].get_tensor("step").item()
+            what = f"{self.folder} is of another optimizer or other parameters ({wrong[0]})"
+            raise EngineError(f"{what}; start anew with checkpoint.resume=false")
+
+    @property
+    def step(self) -> float:
+        """Steps that the optimizer had counted."""
+        return self._files["step"].get_tensor("step").item()
 
     def moments(self, name: str, place: tuple[slice, ...] = ()) -> dict[str, Tensor]:
-        """What the optimizer keeps for a parameter, or for a part of it."""
-        return {key: self._files[f"{key}.{name}"].get_slice(f"{key}.{name}")[place or ...].clone() for key in self.names}
+        """What the optimizer keeps for a parameter (called as in the module), or for a part of it."""
+        keys = {moment: self._key(moment, name) for moment in self._moments}
+        return {moment: self._files[key].get_slice(key)[place or ...].clone() for moment, key in keys.items()}
+
+    def _key(self, moment: str, name: str) -> str:
+        return f"{moment}.{self._names.get(name, name)}"
 
 
 def copied(value: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,8 +91,8 @@ class ZeroEngine(Engine):
     def steps_taken(self) -> float:
         return next((float(state["step"]) for state in self._optimizer.state.values() if "step" in state), 0.0)
 
-    def load_state(self, folder: Path) -> None:
-        saved = OptimizerState(folder, self.moments, {name: self.shapes[name] for name in self.parameters})
+    def load_state(self, saved: OptimizerState) -> None:
+        saved.expect(self.moments, {name: self.shapes[name] for name in self.parameters})
         if not self.moments:
             return
         for partition in self._partitions():

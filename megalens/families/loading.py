@@ -42,9 +42,24 @@ def _model_folder(config: Config) -> Path:
     _check_folder(config.model_name)
     if os.path.isdir(config.model_name):
         return Path(config.model_name)
-    from transformers.utils import cached_file
+    return _fetched(config.model_name)
 
-    return Path(cached_file(config.model_name, "config.json")).parent
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub model's files; those that it would be loaded from are fetched, where they are not there, and not opened."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    try:
+        settings = cached_file(name, "config.json")
+        whole = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if whole is None:
+            get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].removesuffix(".")
+        mend = f"fetch it where there is a network (hf download {name}) or name a local folder"
+        raise ConfigError(f"cannot load {name}: {reason}; {mend}") from None
+    return Path(settings).parent
 
 
 def check_model(config: Config):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.adapters import adapter_start
-from megalens.lens.names import GROUPS, group_of, stable_name
+from megalens.lens.names import GROUPS, group_of, module_names, stable_name
 from megalens.lens.reconstructor import Reconstructor
 from megalens.lens.subject import Read, Subject, shared_contexts
 from megalens.lens.text import Rollouts, Text, tail_ids
@@ -132,27 +132,35 @@ class ConsistencyLens(nn.Module):
         return dict.fromkeys([*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values()], lm.slicing(ranks))
 
     def lens_state_names(self) -> list[str]:
-        """Names in the state dict of all that is not the frozen subject: what a checkpoint of the lens holds."""
+        """Names in the module of all that is not the frozen subject: what a checkpoint of the lens holds (under stable names)."""
         return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]
 
-    def load_lens_state(self, state: dict[str, Tensor]) -> None:
+    def load_lens_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take over the weights of a checkpoint.
+
+        Args:
+            state: weights by their stable names (:mod:`megalens.lens.names`).
+
+        Returns:
+            The same by the names that parameters have in this module, for an engine.
 
         Raises:
             ConfigError: weights are missing, unknown, or of another shape.
         """
-        parameters = dict(self.named_parameters())
-        wanted = {name: tuple(parameters[name].shape) for name in self.lens_state_names()}
+        parameters, names = dict(self.named_parameters()), module_names(self.lens_state_names())
+        wanted = {stable: tuple(parameters[name].shape) for stable, name in names.items()}
         found = {name: tuple(value.shape) for name, value in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise ConfigError(
                     f"the checkpoint does not fit this lens: {name} is {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                 )
+        by_name = {names[stable]: value for stable, value in state.items()}
         with torch.no_grad():
-            for name, value in state.items():
+            for name, value in by_name.items():
                 if not parameters[name].is_meta:
                     parameters[name].copy_(value)
+        return by_name
 
     def initial(self, name: str) -> Tensor:
         """What a parameter that is on the meta device starts as: a block's weights (the lens' own are copies), or an adapter's."""

@@ -29,18 +29,25 @@ from megalens.training.progress import TRAINER_VERSION, Progress
 
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
+_FREE = ("verbalizer.checkpoint_every_n_tokens",)  # memory and time only
 _PATIENCE = 20.0  # seconds; a training that was told to stop, or lost its launcher, is still on its way out
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass
 class Start:
-    """What a training starts with: weights are None for a fresh lens, ``optimizer`` is the folder of an optimizer's state."""
+    """What a training starts with.
+
+    Attributes:
+        weights: by stable names; None for a fresh lens.
+        resumed: the checkpoint it goes on from, whose optimizer state it takes over as well.
+        where: where it starts, for people.
+    """
 
     progress: Progress
     statistics: Statistics
     weights: dict[str, Tensor] | None = None
-    optimizer: Path | None = None
+    resumed: Path | None = None
     where: str = "fresh"
 
 
@@ -83,12 +90,19 @@ def _take(lock: Lock, folder: Path) -> None:
 
 
 def open_folder(config: Config, rank: int) -> RunFolder:
-    """The run's folder, tidied by rank 0 before any other rank looks; emptied of checkpoints when ``checkpoint.resume`` is off."""
+    """The run's folder, tidied by rank 0 before any other rank looks; emptied of checkpoints when ``checkpoint.resume`` is off.
+
+    Raises:
+        CheckpointError: on rank 0; its checkpoints are in no state to go on from, or to be removed.
+    """
     folder = RunFolder(config.run_dir)
     if rank == 0:
-        folder.tidy()
-        if not config.checkpoint.resume and folder.clear():
-            print(f"checkpoint.resume=false: the earlier checkpoints of {config.run_dir} are removed", file=sys.stderr)
+        if config.checkpoint.resume:
+            note = folder.tidy()
+        else:
+            note = f"checkpoint.resume=false: the earlier checkpoints of {config.run_dir} are removed" if folder.clear() else None
+        if note:
+            print(note, file=sys.stderr)
     if dist.is_initialized():
         dist.barrier()
     return folder
@@ -101,11 +115,14 @@ def identity(config: Config, fingerprint: str, rows: str) -> dict:
         fingerprint: of the subject.
         rows: the training loader's ``identity``.
     """
-    same = {"model_name": fingerprint, "dump": rows}
-    same |= {"dtype": resolve_dtype(config)} | {key: getattr(config, key) for key in _SAME}
+    return {"model_name": fingerprint, "dump": rows, "dtype": resolve_dtype(config)} | _settings_of(config)
+
+
+def _settings_of(config: Config) -> dict:
+    settings = {key: getattr(config, key) for key in _SAME}
     for part in _SAME_PARTS:
-        same |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
-    return same
+        settings |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
+    return {key: value for key, value in settings.items() if key not in _FREE}
 
 
 def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
@@ -131,13 +148,34 @@ def _resumed(run: RunFolder, same: dict) -> Start:
     saved = read_json(run.last / "trainer.json")
     if saved.get("format_version") != TRAINER_VERSION:
         raise CheckpointError(f"{run.last} is of another version of megalens; start anew with checkpoint.resume=false")
-    changed = [key for key in same if saved["identity"].get(key) != same[key]]
+    progress, before = _progress(saved, run.last), _defaults() | saved["identity"]
+    changed = [key for key in same if before.get(key) != same[key]]
     if changed:
-        was = ", ".join(f"{key}={saved['identity'].get(key)} (now {same[key]})" for key in changed)
+        was = ", ".join(f"{key}={before.get(key)} (now {same[key]})" for key in changed)
         mend = "set it back, choose another run_name, or start anew with checkpoint.resume=false"
         raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
     where = f"{run.last.name} of {run.folder}"
-    return Start(Progress(**saved["progress"]), read_statistics(run.last), read_weights(run.last), run.last / "engine", where)
+    return Start(progress, read_statistics(run.last), read_weights(run.last), run.last, where)
+
+
+def _progress(saved: dict, folder: Path) -> Progress:
+    """Where a saved training stands.
+
+    Raises:
+        CheckpointError: ``trainer.json`` does not tell all of it, or more than this version knows.
+    """
+    complete = all(isinstance(saved.get(key), dict) for key in ("progress", "identity"))
+    progress = saved["progress"] if complete else {}
+    unknown = sorted(progress.keys() - {each.name for each in dataclasses.fields(Progress)})
+    if not complete or unknown:
+        what = f"'{unknown[0]}', which this version of megalens does not know" if unknown else "no progress or identity"
+        raise CheckpointError(f"{folder / 'trainer.json'} holds {what}; copy it anew, or start anew with checkpoint.resume=false")
+    return Progress(**progress)
+
+
+def _defaults() -> dict:
+    """What the keys of an :func:`identity` that an older version did not write were: their defaults."""
+    return _settings_of(Config())
 
 
 def _check_together(folder: Path) -> None:

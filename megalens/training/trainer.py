@@ -20,7 +20,7 @@ from megalens.config import Config
 from megalens.engine.base import Engine
 from megalens.engine.state import Part
 from megalens.files import save_json
-from megalens.lens.names import GROUPS
+from megalens.lens.names import GROUPS, stable_names
 from megalens.objective import Step
 from megalens.schedule import duration_steps, lr_factor
 from megalens.statistics import Statistics
@@ -214,7 +214,8 @@ class Trainer:
         if not due or (p.saved, self._saved_validation) == (p.step, p.validated):
             return
         self._saving.wait()
-        weights, optimizer = self.engine.weights_part(self.lens.lens_state_names()), self.engine.optimizer_part()
+        names = stable_names(self.lens.lens_state_names())
+        weights, optimizer = self.engine.weights_part(list(names)).named(names), self.engine.optimizer_part().named(names)
         name = self.run.folder.name(p.step)
         if self.engine.is_main:
             (self.run.folder.begin(name) / "engine").mkdir()

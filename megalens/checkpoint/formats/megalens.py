@@ -1,50 +1,88 @@
-"""A lens in a folder of our own format: weights, what it is, and the statistics of the activations it was trained on."""
+"""Our own format: a folder with the lens' weights, what it is, and the statistics of the activations it was trained on.
+
+``lens.safetensors``, ``lens.json`` and ``stats.safetensors`` of the layout in :mod:`megalens.checkpoint`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
-from megalens.checkpoint.checksums import read_json, read_tensors
+from megalens.checkpoint.checksums import read_json, read_tensors, sums_of, write_sums
+from megalens.checkpoint.formats import megalens_v1
+from megalens.checkpoint.formats.format import LoadedLens
 from megalens.config import Config, config_from_dict, config_to_dict
-from megalens.engine.state import Part
+from megalens.config.reading import kind_of
+from megalens.engine.state import OptimizerState, Part, copied, part_files
+from megalens.families.loading import subject_fingerprint
 from megalens.files import save_json, save_tensors
+from megalens.lens.names import stable_names
 from megalens.statistics import Statistics
 
 FORMAT = "megalens-lens"
+VERSION = 2
 
 
-VERSION = 1
+class Megalens:
+    """The format that trainings write."""
+
+    name = "megalens"
+    looked_for = "lens.json"
+
+    def detect(self, folder: Path) -> bool:
+        """Does it hold a ``lens.json``?"""
+        return (folder / self.looked_for).is_file()
+
+    def load(self, folder: Path, **changes: Any) -> LoadedLens:
+        """See :class:`megalens.checkpoint.formats.format.Format`."""
+        from megalens.objective import build_lens
+
+        config, statistics = read_config(folder, **changes), read_statistics(folder)
+        check_subject(folder, subject_fingerprint(config))
+        lens = build_lens(config, statistics.mean, statistics.var)
+        lens.load_lens_state(read_weights(folder))
+        return LoadedLens(lens.eval(), statistics)
+
+    def save(self, folder: Path, loaded: LoadedLens) -> None:
+        """See :class:`megalens.checkpoint.formats.format.Format`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lens = loaded.lens
+        weights = {stable: copied(lens.get_parameter(name)) for name, stable in stable_names(lens.lens_state_names()).items()}
+        paths = save_lens(folder, lens.config, Part(weights), loaded.statistics, lens.subject.fingerprint)
+        write_sums(folder, sums_of(folder, paths))
 
 
-def save_lens(folder: Path, config: Config, weights: Part, statistics: Statistics, fingerprint: str) -> None:
+def save_lens(folder: Path, config: Config, weights: Part, statistics: Statistics, fingerprint: str) -> list[Path]:
     """Write a lens into a folder; of large weights only this rank's part.
 
     Args:
-        weights: by the names of ``lens_state_names()``.
+        weights: by stable names.
         fingerprint: of the subject's weights.
+
+    Returns:
+        The files written.
     """
-    weights.write(folder, "lens")
-    save_tensors(folder / "stats.safetensors", {f.name: getattr(statistics, f.name) for f in dataclasses.fields(Statistics)})
     about = {
         "format": FORMAT,
         "format_version": VERSION,
-        "weights": "lens*.safetensors",
-        "statistics": "stats.safetensors",
         "width": len(statistics.mean),
         "subject": {"model_name": config.model_name, "layer_l": config.layer_l, "fingerprint": fingerprint},
         "versions": versions(),
         "config": config_to_dict(config),
     }
+    written = weights.write(folder, "lens")
+    save_tensors(folder / "stats.safetensors", {f.name: getattr(statistics, f.name) for f in dataclasses.fields(Statistics)})
     save_json(folder / "lens.json", about)
+    return [*written, folder / "stats.safetensors", folder / "lens.json"]
 
 
 def read_about(folder: str | Path) -> dict:
-    """``lens.json`` of a checkpoint.
+    """``lens.json`` of a checkpoint; ``config`` in it has its keys where they are now, ``format_version`` is that of the files.
 
     Raises:
         CheckpointError: there is none, or it is of another format.
@@ -53,28 +91,76 @@ def read_about(folder: str | Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it holds no lens.json; a run's best one is outputs/<run>/best")
     about = read_json(path)
-    if (about.get("format"), about.get("format_version")) != (FORMAT, VERSION):
-        found = f"{about.get('format')} version {about.get('format_version')}"
-        raise CheckpointError(f"{path} is of format {found}, not {FORMAT} version {VERSION}")
+    if about.get("format") != FORMAT or about.get("format_version") not in (megalens_v1.VERSION, VERSION):
+        found, mend = f"{about.get('format')} version {about.get('format_version')}", "update megalens to read it"
+        raise CheckpointError(f"{path} is of format {found}, not {FORMAT} version {VERSION} or older; {mend}")
+    missing = [key for key in ("width", "subject", "config") if key not in about]
+    if missing:
+        raise CheckpointError(f"{path} holds no '{missing[0]}': it was changed by hand or is damaged; copy it anew")
+    if about["format_version"] == megalens_v1.VERSION:
+        about["config"] = megalens_v1.config_of_now(about["config"])
     return about
 
 
-def read_config(folder: str | Path, **changes: Any) -> Config:
-    """The configuration a checkpoint's lens was trained with; ``changes`` replace keys, e.g. ``device="cpu"``."""
-    return config_from_dict(read_about(folder)["config"] | changes)
+def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
+    """The configuration a checkpoint's lens was trained with.
+
+    Keys that it does not hold take their defaults; ``trust_remote_code`` always does, unless the caller gives it: a checkpoint may come
+    from anywhere and must not allow itself to run code.
+
+    Args:
+        arguments: ``key=value`` that are other here.
+        changes: the same as keywords, e.g. ``device="cpu"``; of a section only the keys that are given change.
+
+    Raises:
+        CheckpointError: it holds a key that this version does not know.
+        ConfigError: a value is refused.
+    """
+    about = read_about(folder)
+    saved = {key: value for key, value in about["config"].items() if key != "trust_remote_code"}
+    unknown = next(_unknown_keys(saved), None)
+    if unknown is not None:
+        writer, here = (found.get("megalens", "of an unknown version") for found in (about.get("versions", {}), versions()))
+        what = f"{Path(folder) / 'lens.json'} has the key '{unknown}' of megalens {writer}, which megalens {here} does not know"
+        raise CheckpointError(f"{what}; read it with that version, or update this one")
+    return config_from_dict(_merged(saved, changes), arguments)
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The lens' weights, float32 on the CPU."""
-    weights: dict[str, Tensor] = {}
-    for path in sorted(Path(folder).glob(read_about(folder)["weights"])):
+    """The lens' weights, float32 on the CPU, by stable names.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    about, weights = read_about(folder), {}
+    paths = part_files(Path(folder), "lens")
+    if not paths:
+        raise CheckpointError(f"{folder} holds no lens.safetensors; copy the checkpoint anew from where it is whole")
+    for path in paths:
         weights |= read_tensors(path)
-    return weights
+    return megalens_v1.weights_of_now(weights) if about["format_version"] == megalens_v1.VERSION else weights
+
+
+def read_optimizer(folder: str | Path, names: Sequence[str]) -> OptimizerState:
+    """The optimizer's state, for an engine.
+
+    Args:
+        names: of the lens' parameters in the module.
+
+    Raises:
+        EngineError: it is unreadable.
+    """
+    is_old = read_about(folder)["format_version"] == megalens_v1.VERSION
+    return OptimizerState(Path(folder) / "engine", None if is_old else stable_names(names))
 
 
 def read_statistics(folder: str | Path) -> Statistics:
-    """The statistics of the activations it was trained on."""
-    return Statistics(**read_tensors(Path(folder) / read_about(folder)["statistics"]))
+    """The statistics of the activations it was trained on.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    return Statistics(**read_tensors(Path(folder) / "stats.safetensors"))
 
 
 def check_subject(folder: str | Path, fingerprint: str) -> None:
@@ -86,27 +172,7 @@ def check_subject(folder: str | Path, fingerprint: str) -> None:
     subject = read_about(folder)["subject"]
     if subject["fingerprint"] != fingerprint:
         found = f"{subject['model_name']} with weights {subject['fingerprint']}"
-        raise CheckpointError(f"{folder} is a lens of {found}, not of these ({fingerprint})")
-
-
-def load_lens(folder: str | Path, **changes: Any):
-    """The lens of a checkpoint, ready to use.
-
-    Args:
-        folder: a checkpoint, e.g. ``outputs/<run>/best``.
-        changes: configuration keys that are other here: ``device``, ``dtype``, ``model_name``.
-
-    Raises:
-        CheckpointError: it is no checkpoint, it is damaged, or the subject is another one.
-        ConfigError: the weights do not fit.
-    """
-    from megalens.objective import build_lens
-
-    config, statistics = read_config(folder, **changes), read_statistics(folder)
-    lens = build_lens(config, statistics.mean, statistics.var)
-    check_subject(folder, lens.subject.fingerprint)
-    lens.load_lens_state(read_weights(folder))
-    return lens.eval()
+        raise CheckpointError(f"{folder} is a lens of {found}, not of these ({fingerprint}); set model_name to where that model lies")
 
 
 def versions() -> dict[str, str]:
@@ -120,3 +186,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _unknown_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys that no setting has."""
+    for name, value in values.items():
+        key = prefix + name
+        if kind_of(key) is None:
+            yield key
+        elif isinstance(value, dict):
+            yield from _unknown_keys(value, f"{key}.")
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The values with some changed; of a section only the keys that are given."""
+    result = dict(values)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        result[key] = _merged(values[key], value) if both else value
+    return result
