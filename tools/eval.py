@@ -21,13 +21,13 @@ from megalens import cli
 def main(arguments: list[str]) -> None:
     from megalens.checkpoint.formats.megalens import load_lens, read_about, read_statistics
     from megalens.config import ConfigError, config_from_dict
+    from megalens.data.identity import model_identity
     from megalens.data.loader import ActivationLoader
     from megalens.evaluate import report
     from megalens.evaluate.evaluation import evaluate
     from megalens.evaluate.metrics import Reference
     from megalens.evaluate.plots import read_curve
     from megalens.evaluate.table import examples, table
-    from megalens.families.loading import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
 
     named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
     if len(named) != 1:
@@ -36,12 +36,7 @@ def main(arguments: list[str]) -> None:
     about = read_about(folder)
     config = config_from_dict(about["config"], [a for a in arguments if a not in named])
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
-    loader.reader.check_matches(
-        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config)),
-        subject_fingerprint=subject_fingerprint(config),
-        layer=config.layer_l,
-        d=about["width"],
-    )
+    loader.reader.check_matches({**model_identity(config), "d": about["width"]})
     lens = load_lens(folder, **dataclasses.asdict(config))
     result = evaluate(lens, loader, config, Reference.of(read_statistics(folder)))
     result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
