@@ -17,7 +17,7 @@ from megalens.data import DataError
 from megalens.data.corpus import is_stream, load_documents, processes, stream_documents
 from megalens.data.identity import dataset_identity, first_difference, tokenizer_identity
 from megalens.families.loading import load_tokenizer
-from megalens.files import Lock, checksum, explain_full_disk
+from megalens.files import Lock, checksum, explain_full_disk, save_json
 
 VERSION = 1
 _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "doc_id": datasets.Value("int64")})
@@ -151,7 +151,7 @@ def _write(config: Config, folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths}
     meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    save_json(folder / "meta.json", meta)
 
 
 def _write_documents(config: Config, folder: Path, tokenizer) -> dict[str, dict]:
