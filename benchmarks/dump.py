@@ -41,7 +41,7 @@ def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
     batches = []
     if kind == "bare":
         tokens = load_tokens(config, "train")
-        plan = dump.plan_rows(config, "train", tokens)
+        plan = dump.row_order(config, "train", tokens)
         for index in range(rank, -(-plan.rows // config.activation_dumper.rows_per_shard), ranks):
             batches += [ids_BC for ids_BC, _ in dump.forward_batches(config, tokens, plan.shard(index))[1]]
     subject.residual(torch.zeros(1, 8, dtype=torch.long))

@@ -89,10 +89,10 @@ def prepare(folder: Path, size: str) -> None:
 
 def measure(folder: Path, options: argparse.Namespace, size: str, mode: str) -> list[dict]:
     """The lines of a size and mode."""
-    from megalens.planning import plan
+    from megalens.planning import fit
     from megalens.planning.footprint import footprint
 
-    plan.FILES = folder
+    fit.FILES = folder
     rows, found = SIZES[size][3], {}
     for ranks in sorted({1, *options.ranks}):
         for name in sorted({*(options.engines if ranks in options.ranks else ()), *(["local"] if ranks == 1 else ())}):
@@ -102,7 +102,7 @@ def measure(folder: Path, options: argparse.Namespace, size: str, mode: str) -> 
     for (name, ranks), seen in found.items():
         if ranks not in options.ranks or name not in options.engines:
             continue
-        planned = plan.need(configure(folder, options, size, mode, name), step, name, ranks, rows)
+        planned = fit.need(configure(folder, options, size, mode, name), step, name, ranks, rows)
         line = {
             "claim": "memory per rank",
             "size": size,

@@ -159,22 +159,11 @@ def timings(options: argparse.Namespace, folder: str) -> dict:
 
 def flops(work: Callable[[], None]) -> int:
     """Floating-point operations of the matrix products and the attention in ``work``, the vocabulary ops' included."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import megalens.ops  # noqa: F401  (registers the operators)
+    from megalens.planning.flops import FLOPS
 
-    def head(hidden, weight) -> int:
-        return 2 * hidden[0] * hidden[1] * weight[0]
-
-    ops = torch.ops.megalens
-    formulas = {  # backward: the logits again and, of the sample, a product with the gradient and two back; of the KL, one back
-        ops.gumbel_embed: lambda hidden, out, *_, **__: head(hidden, out),
-        ops.gumbel_embed_backward: lambda _, inputs, *__, **___: 4 * head(inputs[0], inputs[1]),
-        ops.vocab_divergences: lambda p, q, weight, *_, **__: head(p, weight) + head(q, weight),
-        ops.vocab_divergences_backward: lambda _, __, inputs, *___, **____: 3 * head(inputs[0], inputs[2]),
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         work()
     return counter.get_total_flops()
 

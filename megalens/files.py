@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders that are only read (local or remote), locks that die with their holder, checksums."""
+"""Files that appear whole or not at all, folders that are only read (local or remote), locks, checksums."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_without_locks: set[int] = set()  # disks (st_dev) that this process has warned about
 
 
 class DiskFull(ValueError):
@@ -147,7 +151,9 @@ class Folder:
 
 
 class Lock:
-    """An exclusive lock on a file, held by an open descriptor: the kernel frees it when its process dies, however it dies.
+    """An exclusive lock on a file. A process that dies loses its lock, however it dies: the kernel frees it.
+
+    Some disks (of clusters, mostly) have no locks. There every lock is ours at once, and a warning says so, once for each disk.
 
     Args:
         path: the lock's file, made if its folder is there.
@@ -169,6 +175,11 @@ class Lock:
             except BlockingIOError:
                 os.close(descriptor)
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(descriptor)
+                    raise
+                _warn_without_locks(self.path.parent)
             if _is_file(descriptor, self.path):
                 self._descriptor = descriptor
                 return True
@@ -190,6 +201,13 @@ class Lock:
 
     def __exit__(self, *_) -> None:
         self.release()
+
+
+def _warn_without_locks(folder: Path) -> None:
+    disk = os.stat(folder).st_dev
+    if disk not in _without_locks:
+        _without_locks.add(disk)
+        print(f"warning: the disk of {folder} has no locks; see to it that no other process writes there", file=sys.stderr)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

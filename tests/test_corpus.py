@@ -11,7 +11,8 @@ import pytest
 
 from megalens.config import config_from_dict
 from megalens.data import DataError
-from megalens.data.corpus import load_documents, source_fingerprint
+from megalens.data.corpus import load_documents, stream_documents
+from megalens.data.local_files import source_fingerprint
 
 TEXTS = [f"Document {i} is long enough to count, for it has more than twelve words." for i in range(40)]
 
@@ -57,6 +58,73 @@ def test_a_paragraph_keeps_its_lines(tmp_path):
     assert documents("a.txt") == dict(enumerate(wrapped))
 
 
+BLANK = "\n \t\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\n \n".join(TEXTS), TEXTS),
+        ("".join(text + ("\n\n" if i % 2 else BLANK) for i, text in enumerate(TEXTS)), TEXTS),
+        ("\n".join(TEXTS) + "\n\n", TEXTS),
+        (BLANK + "\n".join(TEXTS), TEXTS),
+        ("\n\n\n".join(TEXTS), TEXTS),
+        ("\r\n\r\n".join(TEXTS), TEXTS),
+        ("\ufeff" + "\n".join(TEXTS), TEXTS),
+    ],
+    ids=["blanks", "mixed", "at the end", "at the start", "two", "crlf", "bom"],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_line_of_white_space_is_a_blank_line_and_one_at_an_end_parts_nothing(tmp_path, content, expected, streaming):
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    if streaming:
+        config = config_from_dict({"dataset": {"name": "a.txt"}})
+        found = dict(row for split in ("train", "val") for row in stream_documents(config, split))
+    else:
+        found = documents("a.txt")
+    assert found == dict(enumerate(expected))
+
+
+def test_a_name_is_a_name_and_no_pattern(tmp_path):
+    for name in ["part*.jsonl", "data [en].jsonl", "what?.jsonl", "run[1]/x.jsonl"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, TEXTS)
+    write_jsonl(tmp_path / "part2.jsonl", TEXTS * 2)
+    for name in ["part*.jsonl", "data [en].jsonl", "what?.jsonl", "run[1]", "run[1]/x.jsonl"]:
+        assert documents(name) == dict(enumerate(TEXTS)), name
+    write_jsonl(tmp_path / "a::b.jsonl", TEXTS)
+    with pytest.raises(DataError, match=r"a::b\.jsonl cannot be read, as '::' .*; rename it"):
+        load("a::b.jsonl")
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    write_jsonl(folder / ".ipynb_checkpoints" / "a-checkpoint.jsonl", TEXTS)
+    (folder / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    assert documents("folder") == dict(enumerate(TEXTS))
+    config = config_from_dict({"dataset": {"name": "folder"}})
+    before = source_fingerprint(config)
+    write_jsonl(folder / ".ipynb_checkpoints" / "b-checkpoint.jsonl", TEXTS)
+    assert source_fingerprint(config) == before
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_bytes_that_are_not_utf8_are_one_line(tmp_path, name):
+    latin1 = [text.replace("long", "caf\xe9").encode("latin-1") for text in TEXTS]
+    if name == "a.parquet":
+        column = pa.array(latin1, pa.binary())
+        column = pa.Array.from_buffers(pa.string(), len(column), column.buffers())
+        pa.parquet.write_table(pa.table({"text": column}), tmp_path / name)
+    else:
+        rows = latin1 if name == "a.txt" else [b'{"text": "' + text + b'"}' for text in latin1]
+        (tmp_path / name).write_bytes(b"\n".join(rows))
+    with pytest.raises(DataError, match=r"cannot read .*it is not UTF-8 \(.*0xe9\); convert it") as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
 def test_the_packaged_corpus_is_found_where_it_is_made(tmp_path):
     with pytest.raises(DataError, match=r"prepare_demo\.py"):
         load("wiki-leads")
@@ -97,10 +165,10 @@ def test_both_sides_have_a_document_however_small_the_fraction(tmp_path):
         ("a.jsonl", '{"text": "few words"}\n', r"a\.jsonl has no usable document in column 'text'.*min_words"),
         ("a.jsonl", '{"body": "few words"}\n', r"no column 'text'; set dataset.text_column to one of: body"),
         ("a.jsonl", '{"text": 5}\n', r"no usable document"),
-        ("a.jsonl", "", r"can not read .*a\.jsonl"),
-        ("a.jsonl", '{"text": \n', r"can not read .*a\.jsonl"),
+        ("a.jsonl", "", r"cannot read .*a\.jsonl"),
+        ("a.jsonl", '{"text": \n', r"cannot read .*a\.jsonl"),
         ("a.txt", "", r"a\.txt"),
-        ("a.parquet", "no parquet", r"can not read .*a\.parquet"),
+        ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
         ("a.csv", "x,y", r"holds no file that can be read"),
         ("a.jsonl", json.dumps({"text": TEXTS[0]}), r"single usable document"),
     ],
@@ -137,7 +205,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"can not read a/b: Couldn't reach 'a/b' on the Hub"):
+    with pytest.raises(DataError, match=r"cannot read a/b: Couldn't reach 'a/b' on the Hub"):
         load("a/b")
 
 

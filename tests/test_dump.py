@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalens.config import ConfigError, config_from_dict
+from megalens.config import ConfigError, config_from_dict, load_config
 from megalens.data import DataError
 from megalens.data.dump import check, dump
 from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import load_tokens, pretokenize
-from megalens.data.sampling import Plan, hash64
+from megalens.data.sampling import RowOrder, hash64
 from megalens.data.shards import ShardReader, verify
 from megalens.files import ChecksumFile, DiskFull
 from megalens.tiny import make_model, make_text
@@ -79,20 +79,20 @@ def contents(config) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------- which rows
 
 
-def plan(lengths, ids=None, **changes) -> Plan:
+def order_of(lengths, ids=None, **changes) -> RowOrder:
     settings = {"seed": 0, "seq_len": 32, "min_pos": 8, "per_document": 3, "rows_per_shard": 10, **changes}
-    return Plan(np.arange(len(lengths)) if ids is None else np.array(ids), np.array(lengths), **settings)
+    return RowOrder(np.arange(len(lengths)) if ids is None else np.array(ids), np.array(lengths), **settings)
 
 
-def all_rows(of: Plan) -> list[tuple[int, int]]:
+def all_rows(of: RowOrder) -> list[tuple[int, int]]:
     shards = [of.shard(i) for i in range(-(-of.rows // 10))]
     return [(s.source_K[d], p) for s in shards for d, p in zip(s.document_N, s.position_N, strict=True)]
 
 
 def test_every_document_gives_distinct_positions_inside_it():
     lengths = [5, 8, 9, 10, 11, 12, 31, 32, 33, 500]
-    rows = all_rows(plan(lengths))
-    assert len(set(rows)) == len(rows) == plan(lengths).available
+    rows = all_rows(order_of(lengths))
+    assert len(set(rows)) == len(rows) == order_of(lengths).available
     assert all(8 <= position < min(lengths[document], 32) for document, position in rows)
     expected = {i: min(3, min(length, 32) - 8) for i, length in enumerate(lengths) if length > 8}
     assert Counter(document for document, _ in rows) == expected
@@ -101,22 +101,22 @@ def test_every_document_gives_distinct_positions_inside_it():
 @pytest.mark.parametrize("rows", [1, 9, 10, 11, 100])
 def test_fewer_rows_are_a_part_of_all_rows(rows):
     lengths = np.random.default_rng(0).integers(9, 60, 50)
-    chosen = all_rows(plan(lengths, rows=rows))
+    chosen = all_rows(order_of(lengths, rows=rows))
     assert len(chosen) == rows
-    assert set(chosen) <= set(all_rows(plan(lengths)))
+    assert set(chosen) <= set(all_rows(order_of(lengths)))
 
 
 def test_positions_depend_on_the_seed_and_the_document_alone():
     lengths = np.random.default_rng(0).integers(20, 60, 30)
     ids = np.arange(30) * 7
-    whole = {(ids[d], p) for d, p in all_rows(plan(lengths, ids))}
-    half = {(ids[15:][d], p) for d, p in all_rows(plan(lengths[15:], ids[15:]))}
+    whole = {(ids[d], p) for d, p in all_rows(order_of(lengths, ids))}
+    half = {(ids[15:][d], p) for d, p in all_rows(order_of(lengths[15:], ids[15:]))}
     assert half <= whole
-    assert {(ids[d], p) for d, p in all_rows(plan(lengths, ids, seed=1))} != whole
+    assert {(ids[d], p) for d, p in all_rows(order_of(lengths, ids, seed=1))} != whole
 
 
 def test_positions_are_spread_evenly():
-    counts = Counter(p for _, p in all_rows(plan([32] * 4800, per_document=1)))
+    counts = Counter(p for _, p in all_rows(order_of([32] * 4800, per_document=1)))
     assert len(counts) == 24
     assert all(140 < count < 260 for count in counts.values())
 
@@ -245,7 +245,7 @@ def test_more_rows_than_the_corpus_gives_are_refused_with_their_number(make_conf
     config = make_config()
     dump(config)
     available = len(ShardReader(config.activation_dir("train")))
-    with pytest.raises(DataError, match=rf"num_samples={available + 1} can not be met: \d+ train documents give {available} rows"):
+    with pytest.raises(DataError, match=rf"num_samples={available + 1} cannot be met: \d+ train documents give {available} rows"):
         dump(make_config(num_samples=available + 1, layer_l=1))
     with pytest.raises(DataError, match=r"give 0 rows"):
         dump(make_config(min_pos=499, seq_len=500, layer_l=1))
@@ -294,6 +294,22 @@ def test_a_dump_that_can_not_serve_says_why(make_config):
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(check(make_config(**{"num_samples": 50, **changes}), "train"))
     assert check(make_config(num_samples=50, encoding="bf16", batch_size=3, rows_per_shard=9), "train") is None
+
+
+def test_a_dump_of_the_version_before_is_read_and_still_valid(checkout, monkeypatch):
+    config = load_config(["config=conf/tiny.yaml"])
+    folder = config.activation_dir("val")
+    shutil.copytree(Path(__file__).with_name("dump_of_version_1"), folder)
+    assert verify(folder) == []
+    reader = ShardReader(folder)
+    rows = reader.read_batch(0)
+    assert rows["activation"].shape == (42, 64)
+    torch.testing.assert_close(rows["activation"].float().mean(0), reader.mean, atol=1e-4, rtol=1e-4)
+    # Weights and tokenizers of another machine or library differ in their last bits.
+    for function, key in [("subject_fingerprint", "subject"), ("tokenizer_fingerprint", "tokenizer")]:
+        monkeypatch.setattr(f"megalens.data.identity.{function}", lambda *_, key=key: reader.meta[key]["fingerprint"])
+    assert check(config, "val") is None
+    assert "another dataset (min_words" in check(load_config(["config=conf/tiny.yaml", "dataset.min_words=13"]), "val")
 
 
 def test_a_dump_of_other_weights_is_refused(make_config, place, tmp_path):

@@ -3,7 +3,7 @@
 import memory_ranks
 import pytest
 
-from megalens.planning import plan
+from megalens.planning import fit
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def found(tmp_path_factory):
     folder, options = tmp_path_factory.mktemp("ranks"), memory_ranks.parse(["--engines", "z3", "fsdp", "--ranks", "2"])
     memory_ranks.prepare(folder, "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "FILES", plan.FILES)  # which the benchmark changes
+        patch.setattr(fit, "FILES", fit.FILES)  # which the benchmark changes
         return {line["engine"]: line for line in memory_ranks.measure(folder, options, "tiny", "full")}
 
 

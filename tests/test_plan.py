@@ -1,17 +1,21 @@
 """The planner: its count of a step beside what a real step allocates, its parameters beside a real lens, and what it says fits."""
 
 import dataclasses
+import itertools
 
-import plan as command
 import pytest
 import torch
 from conftest import ROOT, allocated_by
+from torch.utils.flop_counter import FlopCounterMode
 
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
 from megalens.objective import build_lens
+from megalens.ops import gumbel_embed, gumbel_tile, kl_tile, native, vocab_divergences
+from megalens.planning import command
+from megalens.planning.fit import ENGINES, GPU, choose, need
+from megalens.planning.flops import FLOPS
 from megalens.planning.footprint import footprint, meta_lens, take_step
-from megalens.planning.plan import ENGINES, GPU, choose, need
 from megalens.tiny import make_model
 
 OBJECTIVE = ["config=conf/tiny.yaml", "kl_base_weight=0.1", "lm_base_weight=0.1", "tail_say_weight=0.2", "device=cpu"]
@@ -58,6 +62,33 @@ def test_parameters_and_memory_of_a_step_are_those_of_a_real_one(objective, mode
     measured = allocated_by(lambda: take_step(lens, batch))
     planned = need(config, step, "local", 1, rows).memory
     assert sum(planned[name] for name in ("keys and values", "other activations", "vocabulary tiles")) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="the tile version needs a C++ compiler")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wanted", [("hidden",), ("hidden", "out")])
+def test_flops_of_the_vocabulary_ops_are_those_of_their_products(monkeypatch, tied, wanted):
+    counted = []
+    for module, name in itertools.product((gumbel_tile, kl_tile), ("forward", "backward")):
+        plain = getattr(module, name)
+
+        def count(*inputs, plain=plain):
+            with FlopCounterMode(display=False) as products:
+                result = plain(*inputs)
+            counted.append(products.get_total_flops())
+            return result
+
+        monkeypatch.setattr(module, name, count)
+    rows, width = 20, 32  # more rows than ``cpu/few.h`` serves: its products are not PyTorch's
+    make = {"hidden": (rows, width), "other": (rows, width), "out": (VOCABULARY, width), "in": (VOCABULARY, width)}
+    tensors = {name: torch.randn(shape).requires_grad_(name in wanted) for name, shape in make.items()}
+    in_weight = tensors["out"] if tied else tensors["in"]
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as planned:
+        drawn = gumbel_embed(tensors["hidden"], tensors["out"], in_weight, 1.0, torch.arange(rows), impl="tile")
+        compared = vocab_divergences(tensors["other"], drawn.embeds, tensors["out"], in_weight, impl="tile")
+        (drawn.lse.sum() + compared.kl.sum()).backward()
+    assert planned.get_total_flops() == sum(counted)
+    assert len(counted) == 4
 
 
 def test_what_the_local_engine_keeps_is_what_is_planned(full):

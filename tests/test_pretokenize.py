@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import zstandard
@@ -11,9 +12,11 @@ from dumps import quick_processes
 from megalens.config import config_from_dict
 from megalens.data import DataError
 from megalens.data.corpus import load_documents
-from megalens.data.pretokenize import encode, is_current, load_tokens, pretokenize
+from megalens.data.pretokenize import encode, load_tokens, pretokenize, why_stale
 from megalens.families.loading import load_tokenizer
 from megalens.tiny import BOS, EOS, make_model, make_text
+
+ROW = b'{"text": "one line of text that is long enough to count, about a river and its banks"}\n'
 
 
 @pytest.fixture(scope="module")
@@ -85,24 +88,54 @@ def test_an_end_token_is_not_put_behind_the_text(make_config):
 
 def test_a_valid_one_is_reused_and_force_makes_it_anew(make_config):
     config = make_config()
-    assert "no pretokenized corpus" in is_current(config)
+    assert "no pretokenized corpus" in why_stale(config)
     made = (pretokenize(config) / "meta.json").stat().st_mtime_ns
-    assert is_current(config) is None
+    assert why_stale(config) is None
     assert (pretokenize(config) / "meta.json").stat().st_mtime_ns == made
     assert (pretokenize(make_config(force_redump=True)) / "meta.json").stat().st_mtime_ns > made
 
 
-def test_other_settings_are_named_and_made_anew(make_config, place):
-    pretokenize(make_config())
-    assert "another tokenizer (fingerprint" in is_current(make_config("gemma2"))
-    assert "another dataset (split_seed: 42 there, 7 now)" in is_current(make_config(dataset={"split_seed": 7}))
+def test_other_settings_are_named_and_replace_nothing_unless_forced(make_config, place, tmp_path):
+    made = pretokenize(make_config()) / "meta.json"
+    before, other = made.read_bytes(), {"split_seed": 7}
+    assert "another dataset (split_seed: 42 there, 7 now)" in why_stale(make_config(dataset=other))
     make_text(place / "text.jsonl", 61)
     try:
-        assert "another dataset (source" in is_current(make_config())
+        assert "another dataset (source" in why_stale(make_config())
+        with pytest.raises(DataError, match=r"another dataset \(source.*name another pretokenize\.root, or .*force_redump=true"):
+            pretokenize(make_config())
     finally:
         make_text(place / "text.jsonl", 60)
-    pretokenize(make_config(dataset={"split_seed": 7}))
-    assert is_current(make_config(dataset={"split_seed": 7})) is None
+    namesake = tmp_path / "llama"
+    shutil.copytree(place / "gemma2", namesake)
+    assert "another tokenizer (fingerprint" in why_stale(make_config(model_name=str(namesake)))
+    assert made.read_bytes() == before
+    pretokenize(make_config(dataset=other, force_redump=True))
+    assert why_stale(make_config(dataset=other)) is None
+
+
+def test_two_models_on_one_corpus_in_turn_make_their_tokens_once(make_config):
+    folders = [pretokenize(make_config(kind)) for kind in ("llama", "gemma2")]
+    assert folders[0].parent == folders[1].parent
+    made = [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.rglob("*"))]
+    for kind in ("llama", "gemma2", "llama", "gemma2"):
+        assert why_stale(make_config(kind)) is None
+        pretokenize(make_config(kind))
+        assert load_tokens(make_config(kind), "val")
+    assert [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.rglob("*"))] == made
+
+
+def test_tokens_of_an_earlier_version_are_left_where_they_are_and_told(make_config):
+    config = make_config()
+    pretokenize(config)
+    earlier = config.pretokenized_dir.parent
+    for path in list(config.pretokenized_dir.iterdir()):
+        path.rename(earlier / path.name)
+    assert f"(the one in {earlier} itself is of an earlier version; it is left alone" in why_stale(config)
+    before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+    pretokenize(config)
+    assert why_stale(config) is None
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_damage_is_found(make_config):
@@ -110,14 +143,14 @@ def test_damage_is_found(make_config):
     arrow = next((pretokenize(config) / "train").glob("*.arrow"))
     whole = arrow.read_bytes()
     arrow.write_bytes(whole[:-1])
-    assert "cut short" in is_current(config)
+    assert "cut short" in why_stale(config)
     arrow.write_bytes(whole[:-2000] + b"x" + whole[-1999:])
     with pytest.raises(DataError, match=r"damaged.*pretokenize\.py.*force_redump=true"):
         load_tokens(config, "train")
     (config.pretokenized_dir / "meta.json").write_text("{")
-    assert "damaged" in is_current(config)
+    assert "damaged" in why_stale(config)
     pretokenize(config)
-    assert is_current(config) is None
+    assert why_stale(config) is None
 
 
 def test_an_unusable_corpus_leaves_nothing(make_config):
@@ -145,7 +178,7 @@ def test_ranks_that_start_together_make_it_once(make_config):
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
-    assert is_current(config) is None
+    assert why_stale(config) is None
 
 
 @pytest.mark.parametrize("kind", ["jsonl.zst", "txt.zst", "jsonl"])
@@ -169,10 +202,34 @@ def test_a_stream_gives_the_same_tokens_and_leaves_no_text_on_the_disk(tmp_path,
         )
         assert config.dataset_label == source.name.split(".")[0]
         pretokenize(config)
-        assert is_current(config) is None
+        assert why_stale(config) is None
         found.append({split: load_tokens(config, split).to_list() for split in ("train", "val")})
         cached.append(sorted((tmp_path / "cache").rglob("*.arrow")))
     assert found[0] == found[1]
     assert cached[0] == cached[1] != []
     assert found[0]["val"]
     assert not [path for path in (tmp_path / "tokens" / "stream").rglob("*") if "stream" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("one.jsonl", ROW, "has no usable (train|val) document"),
+        ("cut.jsonl", ROW + b'{"text": "a', "cannot read"),
+        ("empty.jsonl", b"", "cannot read|has no usable"),
+        ("empty.txt", b"", "cannot read|has no usable"),
+        ("no.parquet", b"PAR1", "cannot read"),
+        ("bad.jsonl.zst", b"no zstd at all", "cannot read"),
+        ("column.jsonl", b'{"body": "a"}\n', "has no column 'text'"),
+        ("latin1.jsonl", ROW + ROW.replace(b"river", b"caf\xe9"), "it is not UTF-8"),
+    ],
+)
+def test_an_unusable_stream_is_one_line_that_names_it(make_config, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    settings = {"root": str(tmp_path / "pretokenized"), "num_proc": 1, "streaming": not name.endswith(".zst")}
+    config = make_config(dataset={"name": str(tmp_path / name)}, pretokenize=settings)
+    with pytest.raises(DataError, match=message) as error:
+        pretokenize(config)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not [path for path in config.pretokenized_dir.parent.iterdir() if path.is_dir()]

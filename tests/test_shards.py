@@ -190,7 +190,7 @@ def test_other_damage_is_named(tmp_path):
 
 
 def test_another_format_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("megalens.data.shards.VERSION", 99)
+    monkeypatch.setattr("megalens.data.shards.writer.VERSION", 99)
     make_dump(tmp_path)
     monkeypatch.undo()
     with pytest.raises(DataError, match="version 99"):
@@ -206,14 +206,16 @@ def test_an_undamaged_shard_reads_beside_a_damaged_one(tmp_path):
 def test_another_subject_tokenizer_layer_or_width_is_refused(tmp_path):
     make_dump(tmp_path)
     reader = ShardReader(tmp_path)
-    reader.check_matches(subject_fingerprint="s", tokenizer_fingerprint="t", layer=2, d=D)
-    for wrong in [{"subject_fingerprint": "x"}, {"tokenizer_fingerprint": "x"}, {"layer": 3}, {"d": D + 1}]:
-        with pytest.raises(DataError, match=r"force_redump=true"):
-            reader.check_matches(**wrong)
+    right = {"subject": {"name": "renamed", "fingerprint": "s"}, "tokenizer": {"name": "toy", "fingerprint": "t"}, "layer": 2, "d": D}
+    reader.check_matches(right)
+    other = {"name": "toy", "fingerprint": "x"}
+    for key, value in {"subject": other, "tokenizer": other, "layer": 3, "d": D + 1}.items():
+        with pytest.raises(DataError, match=rf"is of another {key} .*force_redump=true"):
+            reader.check_matches({**right, key: value})
 
 
 def test_more_shards_than_stay_open_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("megalens.data.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("megalens.data.shards.reader._OPEN_SHARDS", 2)
     rows = make_dump(tmp_path, 250, rows_per_shard=20)
     assert torch.equal(read_all(tmp_path)["activation"], rows["activation"])
 

@@ -95,10 +95,10 @@ def test_a_mixture_is_trained_on_and_goes_on(place):
         main([*TINY, f"mix=[{folders[0]}=0.6,{folders[1]}=0.4]", "run_name=parts"])
 
 
-def test_what_can_not_be_mixed_is_named(place):
+def test_what_cannot_be_mixed_is_named(place):
     dump(load_config(TINY))
     folder = load_config(TINY).activation_dir("train")
     with pytest.raises(ConfigError, match="no FOLDER=SHARE"):
         training_loader(load_config([*TINY, f"mix=[{folder}]"]))
-    with pytest.raises(DataError, match="is of layer"):
+    with pytest.raises(DataError, match="is of another layer"):
         training_loader(load_config([*TINY, f"mix=[{folder}=1]", "layer_l=1"]))

@@ -25,9 +25,9 @@ from torch import Tensor
 from megalens import cli
 from megalens.config import Config, ConfigError, load_config
 from megalens.data import DataError
-from megalens.data.pretokenize import tokenizer_identity
+from megalens.data.identity import model_identity
 from megalens.data.shards import ShardWriter, read_meta
-from megalens.families.loading import load_tokenizer, subject_fingerprint
+from megalens.families.loading import load_tokenizer
 
 
 def main(arguments: list[str]) -> None:
@@ -104,9 +104,7 @@ def write(config: Config, folder: Path, rows: dict[str, Tensor], split: str) -> 
     if int(rows["input_ids"].max()) >= vocabulary or int(rows["input_ids"].min()) < 0:
         raise DataError(f"there are token ids that the tokenizer of {config.model_name} does not have; set model_name or tokenizer_name")
     header = {
-        "subject": {"name": config.model_label, "fingerprint": subject_fingerprint(config)},
-        "tokenizer": tokenizer_identity(config),
-        "layer": config.layer_l,
+        **model_identity(config),
         "d": rows["activation"].shape[1],
         "encoding": settings.encoding,
         "token_type": "uint16" if vocabulary <= 1 << 16 else "int32",

@@ -23,13 +23,13 @@ def main(arguments: list[str]) -> None:
     from megalens.checkpoint.formats import load_lens
     from megalens.checkpoint.formats.megalens import check_subject, read_about, read_config
     from megalens.config import ConfigError
+    from megalens.data.identity import model_identity
     from megalens.data.loader import ActivationLoader
     from megalens.evaluate import report
     from megalens.evaluate.evaluation import evaluate
     from megalens.evaluate.metrics import Reference
     from megalens.evaluate.plots import read_curve
     from megalens.evaluate.table import examples, table
-    from megalens.families.loading import load_tokenizer, subject_fingerprint, tokenizer_fingerprint
 
     named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
     if len(named) != 1:
@@ -39,12 +39,7 @@ def main(arguments: list[str]) -> None:
     fingerprint = subject_fingerprint(config)
     check_subject(folder, fingerprint)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
-    loader.reader.check_matches(
-        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config)),
-        subject_fingerprint=fingerprint,
-        layer=config.layer_l,
-        d=read_about(folder)["width"],
-    )
+    loader.reader.check_matches({**model_identity(config), "d": read_about(folder)["width"]})
     loaded = load_lens(folder, **dataclasses.asdict(config))
     result = evaluate(loaded.lens, loader, config, Reference.of(loaded.statistics))
     result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}

@@ -20,9 +20,10 @@ import numpy as np
 
 from megalens import cli
 from megalens.config import Config, ConfigError, config_from_dict
+from megalens.data.identity import tokenizer_identity
 from megalens.data.loader import ActivationLoader
 from megalens.data.shards import ShardReader
-from megalens.families.loading import load_tokenizer, tokenizer_fingerprint
+from megalens.families.loading import load_tokenizer
 
 SINK = 5.0
 
@@ -101,7 +102,7 @@ def found_model(reader: ShardReader, settings: list[str]) -> dict:
 def rows_with_text(folder: str, count: int, config: Config) -> list[str]:
     """The first rows: where they are from, and the end of the text that leads up to them."""
     tokenizer, loader = load_tokenizer(config), ActivationLoader(folder, 1, 0)
-    loader.reader.check_matches(tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    loader.reader.check_matches({"tokenizer": tokenizer_identity(config)})
     batch, lines = loader.rows(range(count)), []
     for i in range(count):
         position = int(batch["position"][i])

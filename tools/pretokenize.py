@@ -1,4 +1,4 @@
-"""Tokenize the corpus once, both splits, into data/pretokenized/<dataset>/. A valid result is kept.
+"""Tokenize the corpus once, both splits, into data/pretokenized/<dataset>/<tokenizer>/. A valid result is kept.
 
 usage: python tools/pretokenize.py [config=conf/x.yaml] [key=value ...]
        torchrun --nproc_per_node N tools/pretokenize.py ...      (one rank works, the others wait)
@@ -15,12 +15,12 @@ from __future__ import annotations
 from megalens import cli
 from megalens.config import load_config
 from megalens.data.dump import say
-from megalens.data.pretokenize import is_current, pretokenize
+from megalens.data.pretokenize import pretokenize, why_stale
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(arguments)
-    reason = "force_redump=true" if config.force_redump else is_current(config)
+    reason = "force_redump=true" if config.force_redump else why_stale(config)
     if reason:
         say(f"tokenizing: {reason}")
     folder = pretokenize(config)

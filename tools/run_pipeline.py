@@ -123,7 +123,7 @@ def data_stages(config: Config) -> Iterator[tuple[str, Path, Callable[[], str | 
         problems = ((split, dump.check(config, split)) for split in ("train", "val"))
         return next((f"{split} split: {problem}" for split, problem in problems if problem is not None), None)
 
-    yield "pretokenize.py", config.pretokenized_dir, lambda: pretokenize.is_current(config)
+    yield "pretokenize.py", config.pretokenized_dir, lambda: pretokenize.why_stale(config)
     yield "dump_acts.py", config.activation_dir("train"), dump_problem
 
 

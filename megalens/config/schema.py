@@ -361,8 +361,12 @@ class Config(WithWeights):
     @property
     def model_label(self) -> str:
         """The model's name as a folder name."""
-        is_hub_name = self.model_name.count("/") <= 1 and not os.path.isdir(self.model_name)
-        return self.model_name.replace("/", "__") if is_hub_name else Path(self.model_name).name
+        return _folder_name(self.model_name)
+
+    @property
+    def tokenizer_label(self) -> str:
+        """The tokenizer's name as a folder name."""
+        return _folder_name(self.tokenizer_name or self.model_name)
 
     @property
     def dataset_label(self) -> str:
@@ -378,5 +382,11 @@ class Config(WithWeights):
 
     @property
     def pretokenized_dir(self) -> Path:
-        """The pretokenized corpus."""
-        return Path(self.pretokenize.root) / self.dataset_label
+        """The pretokenized corpus: the tokens of one dataset and one tokenizer."""
+        return Path(self.pretokenize.root) / self.dataset_label / self.tokenizer_label
+
+
+def _folder_name(model: str) -> str:
+    """A hub name without its slash, or the last part of a path."""
+    is_hub_name = model.count("/") <= 1 and not os.path.isdir(model)
+    return model.replace("/", "__") if is_hub_name else os.path.basename(os.path.abspath(model))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import xxhash
 import zstandard
+from datasets.data_files import DataFilesDict, DataFilesList
 
 from megalens.config import Config
 from megalens.data import DataError
+from megalens.data.local_files import kind_of, local_files, source_fingerprint, source_name
+from megalens.data.paragraphs import text_documents
 
-WIKI_LEADS = Path("data/corpus/wiki-leads.parquet")
-_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _DISAMBIGUATION = "may refer to"
 
 
@@ -40,7 +43,7 @@ def load_documents(config: Config) -> dict[str, datasets.Dataset]:
         return {"train": train.remove_columns("draw"), "val": _usable(config, settings.val_split).remove_columns("draw")}
     draw = np.array(train.with_format("numpy")["draw"])
     if draw.min() == draw.max():
-        raise DataError(f"{_source(config)} has a single usable document; nothing is left to hold out for validation")
+        raise DataError(f"{source_name(config)} has a single usable document; nothing is left to hold out for validation")
     held_out = (draw < settings.val_fraction * 2.0**63) | (draw == draw.min())
     held_out &= draw != draw.max()
     train = train.remove_columns("draw")
@@ -49,49 +52,27 @@ def load_documents(config: Config) -> dict[str, datasets.Dataset]:
 
 def is_stream(config: Config) -> bool:
     """Is the corpus read as a stream (``pretokenize.streaming``, or compressed files)?"""
-    return config.pretokenize.streaming or any(path.suffix == ".zst" for path in _local_files(config) or [])
+    return config.pretokenize.streaming or any(path.suffix == ".zst" for path in local_files(config) or [])
 
 
 def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
     """The usable documents of ``train`` or ``val`` one by one, as ``doc_id`` and text; nothing is kept on the disk.
 
-    The same documents as :func:`load_documents` gives, but that a corpus so small that one side stays empty is not mended.
+    The same documents as :func:`load_documents` gives. But where the corpus is so small that one side stays empty, it stays empty.
 
     Raises:
         DataError: the source is missing or unreadable, or lacks the column.
     """
     settings, column = config.dataset, config.dataset.text_column
     own = split == "val" and settings.val_split
-    rows = _load(config, settings.val_split if own else settings.split, streaming=True)
-    limit = config.dataset.max_documents
-    try:
-        for doc_id, row in enumerate(rows if limit is None else islice(rows, limit)):
-            if column not in row:
-                raise DataError(f"{_source(config)} has no column '{column}'; set dataset.text_column to one of: {', '.join(row)}")
+    with _reading(config):
+        rows = _stream(config, settings.val_split if own else settings.split)
+        for doc_id, row in enumerate(islice(rows, settings.max_documents)):
+            _check_column(config, row)
             mark = _mark({"text": [row[column]]}, settings.min_words, settings.split_seed)
             held_out = not settings.val_split and mark["draw"][0] < settings.val_fraction * 2.0**63
             if mark["usable"][0] and (own or held_out == (split == "val")):
                 yield doc_id, row[column]
-    except (OSError, zstandard.ZstdError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"can not read {_source(config)}: {' '.join(str(error.__cause__ or error).split())}") from None
-
-
-def source_fingerprint(config: Config) -> str | None:
-    """A hash of the local files' names and contents; None for a dataset of the hub.
-
-    Raises:
-        DataError: the local file or folder is missing.
-    """
-    files = _local_files(config)
-    if files is None:
-        return None
-    digest = xxhash.xxh3_64()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def processes(config: Config, documents: int) -> int | None:
@@ -100,32 +81,28 @@ def processes(config: Config, documents: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def _source(config: Config) -> str:
-    return config.dataset.name if config.dataset.name != "wiki-leads" else str(WIKI_LEADS)
-
-
 def _usable(config: Config, split: str) -> datasets.Dataset:
     """Columns ``text``, ``doc_id`` and ``draw`` (63 random bits that decide the division) of the documents that are kept."""
     settings, column = config.dataset, config.dataset.text_column
-    found = _load(config, split)
-    if column not in found.column_names:
-        raise DataError(f"{_source(config)} has no column '{column}'; set dataset.text_column to one of: {', '.join(found.column_names)}")
-    found = found.select_columns([column])
-    if column != "text":
-        found = found.rename_column(column, "text")
-    found = found.select(range(min(len(found), settings.max_documents or len(found))))
-    marks = found.map(
-        _mark,
-        batched=True,
-        remove_columns=["text"],
-        fn_kwargs={"min_words": settings.min_words, "seed": settings.split_seed},
-        num_proc=processes(config, len(found)),
-        desc=f"reading {split}",
-    ).with_format("numpy")
+    with _reading(config):
+        found = _load(config, split)
+        _check_column(config, found.column_names)
+        found = found.select_columns([column])
+        if column != "text":
+            found = found.rename_column(column, "text")
+        found = found.select(range(min(len(found), settings.max_documents or len(found))))
+        marks = found.map(
+            _mark,
+            batched=True,
+            remove_columns=["text"],
+            fn_kwargs={"min_words": settings.min_words, "seed": settings.split_seed},
+            num_proc=processes(config, len(found)),
+            desc=f"reading {split}",
+        ).with_format("numpy")
     usable = np.flatnonzero(marks["usable"]) if len(found) else []
     if len(usable) == 0:
         raise DataError(
-            f"{_source(config)} has no usable document in column '{column}': none of its {len(found)} rows is text of at least "
+            f"{source_name(config)} has no usable document in column '{column}': none of its {len(found)} rows is text of at least "
             f"dataset.min_words={settings.min_words} words"
         )
     texts = found.add_column("doc_id", np.arange(len(found))).add_column("draw", np.asarray(marks["draw"]))
@@ -139,46 +116,64 @@ def _mark(batch: dict[str, list], min_words: int, seed: int) -> dict[str, list]:
     return {"usable": usable, "draw": draw}
 
 
-def _load(config: Config, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    files = _local_files(config)
+def _check_column(config: Config, columns) -> None:
+    if config.dataset.text_column not in columns:
+        has = f"{source_name(config)} has no column '{config.dataset.text_column}'"
+        raise DataError(f"{has}; set dataset.text_column to one of: {', '.join(columns)}")
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def _load(config: Config, split: str) -> datasets.Dataset:
+    files = local_files(config)
+    if files is None:
+        return datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=False)
+    if kind_of(files[0]) == "text":
+        arguments = {"files": tuple(files), "content": source_fingerprint(config)}  # its cache goes by the arguments
+        return datasets.Dataset.from_generator(_text_rows, features=_TEXT, gen_kwargs=arguments)
+    builder = _builder(files)
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
+
+
+def _stream(config: Config, split: str) -> Iterator[dict]:
+    files = local_files(config)
+    if files is None:
+        return iter(datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=True))
+    if kind_of(files[0]) == "text":
+        return _text_rows(files)
+    return iter(_builder(files).as_streaming_dataset("train"))
+
+
+_TEXT = datasets.Features({"text": datasets.Value("string")})
+
+
+def _text_rows(files: Sequence[Path], content: str | None = None) -> Iterator[dict]:
+    return ({"text": text} for text in text_documents(files))
+
+
+def _builder(files: list[Path]) -> datasets.DatasetBuilder:
+    """What reads exactly these files; a list of names would be taken as patterns."""
+    states = [(path.name, f"{path.stat().st_size} {path.stat().st_mtime_ns}") for path in files]
+    listed = DataFilesList([str(path.absolute()) for path in files], states)
+    return datasets.load_dataset_builder(kind_of(files[0]), data_files=DataFilesDict({"train": listed}))
+
+
+@contextmanager
+def _reading(config: Config) -> Iterator[None]:
+    """Turn what any reader raises into a DataError of one line that names the source."""
     try:
-        if files is None:
-            return datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=streaming)
-        kind = _kind(files[0])
-        options = {"sample_by": "paragraph" if _has_blank_line(files) else "line"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train", streaming=streaming, **options)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
-        hint = "" if files else " (no local file has that name; dataset.name takes wiki-leads, a file or folder, or a dataset of the hub)"
-        raise DataError(f"can not read {_source(config)}: {reason}{hint}") from None
-
-
-def _local_files(config: Config) -> list[Path] | None:
-    """The files of a local source in order; None: it is a dataset of the hub."""
-    name, path = config.dataset.name, Path(_source(config)).expanduser()
-    if name == "wiki-leads" and not path.exists():
-        raise DataError(f"the packaged corpus {path} is missing; make it with: python tools/prepare_demo.py")
-    if not path.exists():
-        if _kind(path) or name.startswith((".", "/", "~")):
-            raise DataError(f"dataset.name={name}: no such file or folder")
-        return None
-    if config.dataset.val_split:
-        raise DataError(f"dataset.val_split is for datasets of the hub; {name} is divided by dataset.val_fraction, so leave it null")
-    files = sorted(p for p in path.rglob("*") if _kind(p)) if path.is_dir() else [path]
-    kinds = {_kind(p) for p in files}
-    if len(kinds) != 1 or None in kinds:
-        found = "several kinds of files" if len(kinds) > 1 else "no file that can be read"
-        raise DataError(f"dataset.name={name} holds {found}; give .txt, .json or .jsonl, or .parquet files of one kind")
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    return _KINDS.get(Path(path.name.removesuffix(".zst")).suffix)
-
-
-def _has_blank_line(files: list[Path]) -> bool:
-    for path in files:
-        with (zstandard.open if path.suffix == ".zst" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
-            if any(not line.strip() for line in file):
-                return True
-    return False
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, StopIteration, pa.ArrowException, zstandard.ZstdError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            reason = f"it is not UTF-8 ({cause.reason} at byte 0x{cause.object[cause.start]:02x}); convert it, e.g. with iconv"
+        else:
+            reason = " ".join(str(cause).split()) or "it is empty"
+        is_local = Path(source_name(config)).expanduser().exists()
+        takes = "dataset.name takes wiki-leads, a file or folder, or a dataset of the hub"
+        hint = "" if is_local else f" (no local file has that name; {takes})"
+        raise DataError(f"cannot read {source_name(config)}: {reason}{hint}") from None

@@ -27,11 +27,12 @@ from tqdm import tqdm
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.encoding import bytes_per_value
-from megalens.data.pretokenize import dataset_identity, first_difference, load_tokens, tokenizer_identity, vocab_size
-from megalens.data.sampling import Plan, Rows
+from megalens.data.identity import dump_identity, first_difference
+from megalens.data.pretokenize import load_tokens, vocab_size
+from megalens.data.sampling import RowOrder, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
 from megalens.device import resolve_dtype
-from megalens.families.loading import subject_fingerprint
+from megalens.families.loading import check_model
 from megalens.files import Folder
 from megalens.lens.subject import Subject, load_subject
 
@@ -56,12 +57,13 @@ def dump(config: Config) -> None:
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
-    plans, tokens = {}, {}
+    check_model(layers[-1])
+    orders, tokens = {}, {}
     for split in todo:
         tokens[split] = load_tokens(config, split)
-        plans[split] = plan_rows(config, split, tokens[split])
+        orders[split] = row_order(config, split, tokens[split])
     subject = load_subject(layers[-1], upto_block=layers[-1].layer_l)
-    writers = {split: [_writer(layer, split, plans[split], subject) for layer in left] for split, left in todo.items()}
+    writers = {split: [_writer(layer, split, orders[split], subject) for layer in left] for split, left in todo.items()}
     _check_space(list(chain(*writers.values())))
     for writer in chain(*writers.values()):
         discard(writer.folder, older_than=called)
@@ -69,11 +71,11 @@ def dump(config: Config) -> None:
             say(note)
     for wait in (False, True):  # first what nobody works at, then what a killed rank may leave
         for split in todo:
-            _work(config, subject, tokens[split], plans[split], writers[split], wait)
+            _work(config, subject, tokens[split], orders[split], writers[split], wait)
 
 
 def check(config: Config, split: str) -> str | None:
-    """Why the dump of ``split`` can not serve this configuration; None: it can, or none is needed."""
+    """Why the dump of ``split`` cannot serve this configuration; None: it can, or none is needed."""
     if split == "train" and (config.on_the_fly or config.mix):
         return None
     folder, want = config.activation_dir(split), config.activation_dumper
@@ -81,22 +83,8 @@ def check(config: Config, split: str) -> str | None:
         meta = read_meta(folder)
     except DataError as error:
         return str(error)
-    wanted = {
-        "subject": {"name": config.model_label, "fingerprint": subject_fingerprint(config)},
-        "tokenizer": tokenizer_identity(config),
-        "layer": config.layer_l,
-        "split": split,
-        "seed": config.dataset.split_seed,
-        "seq_len": want.seq_len,
-        "min_pos": want.min_pos,
-        "vectors_per_sequence": want.vectors_per_sequence,
-        "dataset": dataset_identity(config, source_may_be_gone=True),
-    }
-    if split == "train" and (want.num_tokens != -1 or "num_tokens" in meta):
-        wanted["num_tokens"] = want.num_tokens
-    for key, value in wanted.items():
-        if difference := first_difference(meta.get(key), value):
-            return f"the dump in {folder} has another {key} ({difference})"
+    if difference := first_difference(meta, dump_identity(config, split, source_may_be_gone=True)):
+        return f"the dump in {folder} has {difference}"
     if meta["encoding"].removesuffix("_planes") != want.encoding.removesuffix("_planes"):
         return f"the dump in {folder} has another precision (encoding: {meta['encoding']} there, {want.encoding} now)"
     rows = meta.get("rows_available") if _asked(config, split) is None else _asked(config, split)
@@ -107,14 +95,14 @@ def check(config: Config, split: str) -> str | None:
     return next((f"{problem}; {REDUMP}" for problem in problems if problem), None)
 
 
-def plan_rows(config: Config, split: str, tokens: datasets.Dataset) -> Plan:
-    """The rows of a split.
+def row_order(config: Config, split: str, tokens: datasets.Dataset) -> RowOrder:
+    """The rows of a split, in the dump's order.
 
     Raises:
         DataError: the corpus has fewer than were asked for.
     """
     settings, asked = config.activation_dumper, _asked(config, split)
-    plan = Plan(
+    order = RowOrder(
         np.asarray(tokens.data["doc_id"]),
         pa.compute.list_value_length(tokens.data["input_ids"]).to_numpy().astype(np.int64),
         seed=config.dataset.split_seed,
@@ -125,13 +113,13 @@ def plan_rows(config: Config, split: str, tokens: datasets.Dataset) -> Plan:
         rows=asked,
         tokens=settings.num_tokens if split == "train" and settings.num_tokens != -1 else None,
     )
-    if plan.available < (asked or 1):
+    if order.available < (asked or 1):
         raise DataError(
-            f"activation_dumper.{_key(split)}={asked or -1} can not be met: {len(tokens)} {split} documents give {plan.available} rows at "
+            f"activation_dumper.{_key(split)}={asked or -1} cannot be met: {len(tokens)} {split} documents give {order.available} rows at "
             f"seq_len={settings.seq_len}, min_pos={settings.min_pos}, vectors_per_sequence={settings.vectors_per_sequence}, "
             f"num_tokens={settings.num_tokens}; lower it or min_pos, or raise vectors_per_sequence or num_tokens"
         )
-    return plan
+    return order
 
 
 def say(text: str) -> None:
@@ -166,35 +154,25 @@ def _kept(config: Config, split: str, called: float) -> bool:
     return True
 
 
-def _writer(config: Config, split: str, plan: Plan, subject: Subject) -> ShardWriter:
+def _writer(config: Config, split: str, order: RowOrder, subject: Subject) -> ShardWriter:
     settings, vocabulary = config.activation_dumper, vocab_size(config)
     header = {
-        "subject": {"name": config.model_label, "fingerprint": subject.fingerprint},
-        "tokenizer": tokenizer_identity(config),
-        "layer": config.layer_l,
+        **{key: value for key, value in dump_identity(config, split).items() if value is not None},
         "d": subject.d,
         "dtype": resolve_dtype(config),
         "encoding": settings.encoding,
         "token_type": "uint16" if vocabulary <= 1 << 16 else "int32",
         "vocab_size": vocabulary,
-        "split": split,
-        "seed": config.dataset.split_seed,
-        "seq_len": settings.seq_len,
-        "min_pos": settings.min_pos,
-        "vectors_per_sequence": settings.vectors_per_sequence,
-        "dataset": dataset_identity(config),
-        "rows": plan.rows,
-        "rows_available": plan.available,
+        "rows": order.rows,
+        "rows_available": order.available,
         "rows_per_shard": settings.rows_per_shard,
         "rows_per_batch": settings.rows_per_batch,
     }
-    if split == "train" and settings.num_tokens != -1:
-        header["num_tokens"] = settings.num_tokens
     return ShardWriter(config.activation_dir(split), header)
 
 
 def _check_space(writers: list[ShardWriter]) -> None:
-    """Say how large the dumps will be, and refuse to start what can not fit."""
+    """Say how large the dumps will be, and refuse to start what cannot fit."""
     needed = 0
     for writer in writers:
         head = writer.header
@@ -216,15 +194,15 @@ def _size(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
-def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan, writers: list[ShardWriter], wait: bool) -> None:
+def _work(config: Config, subject: Subject, tokens: datasets.Dataset, order: RowOrder, writers: list[ShardWriter], wait: bool) -> None:
     """Make the shards that can be claimed, one being written while the next is read out; the last rank to leave writes ``meta.json``."""
     written = min(writer.rows_written() for writer in writers)
-    if written == plan.rows and all([writer.finish() for writer in writers]):
+    if written == order.rows and all([writer.finish() for writer in writers]):
         return
     for number, writer in enumerate(writers):
-        writer.calibrate(lambda n=number: _read_out(config, subject, tokens, plan.shard(0), writers)["activations"][n])
+        writer.calibrate(lambda n=number: _read_out(config, subject, tokens, order.shard(0), writers)["activations"][n])
     label = f"dumping {writers[0].header['split']}"
-    with tqdm(total=plan.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
+    with tqdm(total=order.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
         with ThreadPoolExecutor(1) as background:
             pending = None
             for index in range(writers[0].num_shards):
@@ -232,7 +210,7 @@ def _work(config: Config, subject: Subject, tokens: datasets.Dataset, plan: Plan
                     claimed = _claim(writers, index, wait, locks)
                     if not claimed:
                         continue
-                    rows = _read_out(config, subject, tokens, plan.shard(index), claimed, bar.update)
+                    rows = _read_out(config, subject, tokens, order.shard(index), claimed, bar.update)
                     if pending is not None:
                         pending.result()
                     pending = background.submit(_store, claimed, index, rows, locks.pop_all())

@@ -255,9 +255,7 @@ class ActivationLoader(IterableDataset):
             for key in ("d", "seq_len"):
                 if reader.meta[key] != first[key]:
                     raise DataError(f"{reader.folder} can not be mixed with {self.reader.folder}: {key} {reader.meta[key]}, {first[key]}")
-            reader.check_matches(
-                subject_fingerprint=first["subject"]["fingerprint"], tokenizer_fingerprint=first["tokenizer"]["fingerprint"]
-            )
+            reader.check_matches({key: first.get(key) for key in ("subject", "tokenizer")})
 
 
 class _Chunks(IterableDataset):

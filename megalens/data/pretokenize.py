@@ -1,23 +1,23 @@
-"""The corpus as token ids, made once: ``data/pretokenized/<dataset>/`` with one Arrow dataset per split and a ``meta.json``."""
+"""The corpus as token ids, made once: ``data/pretokenized/<dataset>/<tokenizer>/`` with one Arrow dataset per split and a ``meta.json``."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import datasets
+from datasets.arrow_writer import ArrowWriter
 
 from megalens.config import Config
 from megalens.data import DataError
-from megalens.data.corpus import is_stream, load_documents, processes, source_fingerprint, stream_documents
-from megalens.families.loading import load_tokenizer, tokenizer_fingerprint
-from megalens.files import Lock, checksum, explain_full_disk
+from megalens.data.corpus import is_stream, load_documents, processes, stream_documents
+from megalens.data.identity import dataset_identity, first_difference, tokenizer_identity
+from megalens.families.loading import load_tokenizer
+from megalens.files import Lock, checksum, explain_full_disk, save_json
 
 VERSION = 1
 _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "doc_id": datasets.Value("int64")})
@@ -26,21 +26,22 @@ _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")
 def pretokenize(config: Config) -> Path:
     """Tokenize both splits of the corpus, unless a valid result is there; documents are kept whole.
 
-    Any number of processes may call this at once: one works, the others wait for it. The folder appears when it is complete.
-    ``config.force_redump`` makes it anew.
+    Any number of processes may call this at once: one works, the others wait for it. The folder appears when it is complete. Tokens of
+    another corpus or tokenizer that lie there are not touched without ``config.force_redump``, which makes them anew.
 
     Returns:
         ``config.pretokenized_dir``, with the columns ``input_ids`` (int32) and ``doc_id`` in ``train`` and ``val``.
 
     Raises:
-        DataError: the corpus is unusable or the disk is full.
+        DataError: the corpus is unusable, whole tokens of other settings are in the way, or the disk is full.
     """
     folder, called = config.pretokenized_dir, time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Lock(folder.parent / f".{folder.name}.lock"):
-        stale = config.force_redump and _made_before(folder, called)
-        if not stale and is_current(config) is None:
-            return folder
+        if not (config.force_redump and _made_before(folder, called)):
+            if why_stale(config) is None:
+                return folder
+            _refuse_to_replace(config)
         unfinished = folder.parent / f".{folder.name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -56,53 +57,46 @@ def pretokenize(config: Config) -> Path:
     return folder
 
 
-def is_current(config: Config) -> str | None:
-    """Why ``config.pretokenized_dir`` can not serve this configuration; None: it can."""
+def why_stale(config: Config) -> str | None:
+    """Why ``config.pretokenized_dir`` cannot serve this configuration; None: it can."""
     folder = config.pretokenized_dir
     if not (folder / "meta.json").exists():
-        return f"there is no pretokenized corpus in {folder}"
+        return f"there is no pretokenized corpus in {folder}" + _note_on_earlier_place(folder.parent)
+    meta = _read_meta(folder)
+    if meta is None:
+        return f"{folder / 'meta.json'} is damaged"
+    if difference := first_difference(meta, _identity(config)):
+        return f"{folder} was made with {difference}"
+    return _first_damage(folder, meta)
+
+
+def _refuse_to_replace(config: Config) -> None:
+    """Raise a DataError when the folder holds whole tokens of other settings: they may be another run's."""
+    folder = config.pretokenized_dir
+    meta = _read_meta(folder) if (folder / "meta.json").exists() else None
+    if meta is not None and _first_damage(folder, meta) is None and (difference := first_difference(meta, _identity(config))):
+        raise DataError(f"{folder} was made with {difference}; name another pretokenize.root, or make it anew with force_redump=true")
+
+
+def _read_meta(folder: Path) -> dict | None:
+    """``meta.json``; None: it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        found, files = {key: meta[key] for key in ("version", "tokenizer", "dataset")}, meta["files"]
-    except (ValueError, KeyError):
-        return f"{folder / 'meta.json'} is damaged"
-    wanted = _identity(config)
-    for part in wanted:
-        if difference := first_difference(found[part], wanted[part]):
-            return f"{folder} was made with another {part} ({difference})"
-    for name, file in files.items():
+        return meta if meta.keys() >= {"version", "tokenizer", "dataset", "vocab_size", "files"} else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _first_damage(folder: Path, meta: dict) -> str | None:
+    for name, file in meta["files"].items():
         if not (folder / name).exists() or (folder / name).stat().st_size != file["bytes"]:
             return f"{folder / name} is missing or cut short"
     return None
 
 
-def tokenizer_identity(config: Config) -> dict:
-    """Name and fingerprint of the tokenizer."""
-    return {"name": config.tokenizer_name or config.model_label, "fingerprint": tokenizer_fingerprint(load_tokenizer(config))}
-
-
-def dataset_identity(config: Config, source_may_be_gone: bool = False) -> dict:
-    """The dataset's settings and a hash of its local files (``source``; None for the hub's, and left out when the files are gone)."""
-    settings = dataclasses.asdict(config.dataset)
-    try:
-        settings["source"] = source_fingerprint(config)
-    except DataError:
-        if not source_may_be_gone:
-            raise
-    if settings.get("source", "") is not None:
-        settings["name"] = config.dataset_label
-    return settings
-
-
-def first_difference(found: dict | int, wanted: dict | int) -> str | None:
-    """The first thing in which what is there differs from what is wanted, as text; a name beside a fingerprint does not count."""
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return None if found == wanted else f"{found} there, {wanted} now"
-    skipped = {"name"} if "fingerprint" in wanted else set()
-    for key in wanted:
-        if key not in skipped and found.get(key) != wanted[key]:
-            return f"{key}: {found.get(key)} there, {wanted.get(key)} now"
-    return None
+def _note_on_earlier_place(folder: Path) -> str:
+    is_there = (folder / "meta.json").is_file() and (folder / "train").is_dir()
+    return f" (the one in {folder} itself is of an earlier version; it is left alone and may be removed)" if is_there else ""
 
 
 def load_tokens(config: Config, split: str) -> datasets.Dataset:
@@ -112,13 +106,19 @@ def load_tokens(config: Config, split: str) -> datasets.Dataset:
         DataError: it is not there, made with other settings, or damaged.
     """
     mend = "make it with: python tools/pretokenize.py config=..."
-    if reason := is_current(config):
+    if reason := why_stale(config):
         raise DataError(f"{reason}; {mend}")
     folder = config.pretokenized_dir
     for name, file in json.loads((folder / "meta.json").read_text())["files"].items():
         if name.startswith(f"{split}/") and checksum(folder / name) != file["checksum"]:
             raise DataError(f"{folder / name} does not match its checksum: it is damaged; {mend} force_redump=true")
     return datasets.load_from_disk(str(folder / split))
+
+
+def tokens_checksums(config: Config, split: str) -> list[str]:
+    """Checksums of the files that hold the tokens of a split."""
+    files = json.loads((config.pretokenized_dir / "meta.json").read_text())["files"]
+    return [files[name]["checksum"] for name in sorted(files) if name.startswith(f"{split}/") and name.endswith(".arrow")]
 
 
 def vocab_size(config: Config) -> int:
@@ -146,18 +146,18 @@ def _start(tokenizer) -> list[int]:
 
 
 def _write(config: Config, folder: Path) -> None:
-    tokenizer, counts = load_tokenizer(config), {}
-    streams = dict.fromkeys(("train", "val")) if is_stream(config) else {}
-    for split in streams:
-        cache = folder / f"{split}.stream"
-        arguments = {"config": config, "split": split, "tokenizer": tokenizer}
-        tokens = datasets.Dataset.from_generator(_stream_tokens, features=_COLUMNS, cache_dir=str(cache), gen_kwargs=arguments)
-        if len(tokens) == 0:
-            raise DataError(f"dataset.name={config.dataset.name} has no usable {split} document; see dataset.min_words and val_fraction")
-        counts[split] = _save(tokens, folder / split)
-        del tokens
-        shutil.rmtree(cache)
-    for split, documents in ({} if streams else load_documents(config)).items():
+    tokenizer = load_tokenizer(config)
+    counts = (_write_streams if is_stream(config) else _write_documents)(config, folder, tokenizer)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths}
+    meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
+    save_json(folder / "meta.json", meta)
+
+
+def _write_documents(config: Config, folder: Path, tokenizer) -> dict[str, dict]:
+    """Write both splits of a corpus that lies on the disk; returns their counts."""
+    counts = {}
+    for split, documents in load_documents(config).items():
         workers = processes(config, len(documents))
         if workers:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -175,18 +175,26 @@ def _write(config: Config, folder: Path) -> None:
         del tokens
         for cache in folder.glob(f"{split}*.cache"):
             cache.unlink()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths}
-    meta = {**_identity(config), "vocab_size": len(tokenizer), "splits": counts, "files": files}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return counts
 
 
-def _stream_tokens(config: Config, split: str, tokenizer) -> Iterator[dict]:
-    documents = stream_documents(config, split)
-    while batch := list(islice(documents, 1000)):
-        ids, texts = zip(*batch, strict=True)
-        for doc_id, tokens in zip(ids, encode(tokenizer, list(texts)), strict=True):
-            yield {"input_ids": tokens, "doc_id": doc_id}
+def _write_streams(config: Config, folder: Path, tokenizer) -> dict[str, dict]:
+    """The same for a corpus that is read as it comes."""
+    counts = {}
+    for split in ("train", "val"):
+        cache, documents = folder / f"{split}.stream", stream_documents(config, split)
+        with ArrowWriter(features=_COLUMNS, path=str(cache)) as writer:
+            while batch := list(islice(documents, 1000)):
+                ids, texts = zip(*batch, strict=True)
+                writer.write_batch({"input_ids": encode(tokenizer, list(texts)), "doc_id": list(ids)})
+            if writer.finalize()[0] == 0:
+                hint = "lower dataset.min_words, or set dataset.val_fraction"
+                raise DataError(f"dataset.name={config.dataset.name} has no usable {split} document; {hint}")
+        tokens = datasets.Dataset.from_file(str(cache))
+        counts[split] = _save(tokens, folder / split)
+        del tokens
+        cache.unlink()
+    return counts
 
 
 def _save(tokens: datasets.Dataset, folder: Path) -> dict[str, int]:

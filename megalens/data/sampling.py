@@ -43,8 +43,8 @@ class Rows:
     source_K: np.ndarray
 
 
-class Plan:
-    """The rows of one split.
+class RowOrder:
+    """The rows of one split, in the dump's order.
 
     Documents are put in a random order; each gives ``per_document`` distinct random positions from ``min_pos`` up to its end (or to
     ``seq_len``), fewer where it is shorter; the first ``rows`` of these, cut into shards of ``rows_per_shard``, are the dump, shuffled

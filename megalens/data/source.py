@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from megalens.config import Config, ConfigError
-from megalens.data.dump import contexts_of, forward_batches, plan_rows
+from megalens.data.dump import contexts_of, forward_batches, row_order
+from megalens.data.identity import dump_identity, model_identity
 from megalens.data.loader import ActivationLoader
 from megalens.data.moments import Moments
-from megalens.data.pretokenize import load_tokens, tokenizer_identity
+from megalens.data.pretokenize import load_tokens, tokens_checksums
 from megalens.data.sampling import Rows
-from megalens.families.loading import check_model, subject_fingerprint
+from megalens.data.shards import batch_sizes
+from megalens.families.loading import check_model
 from megalens.lens.subject import load_subject
 
 _STATISTICS_ROWS = 4096
@@ -33,9 +35,9 @@ def training_loader(config: Config, rank: int = 0, world_size: int = 1) -> Activ
     source = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
     loader = ActivationLoader(source, config.batch_size, config.seed, rank, world_size, workers=config.loader_workers)
     if config.mix:
-        names = {"tokenizer_fingerprint": tokenizer_identity(config)["fingerprint"], "subject_fingerprint": subject_fingerprint(config)}
+        wanted = model_identity(config)
         for reader in loader.readers:
-            reader.check_matches(layer=config.layer_l, **names)
+            reader.check_matches(wanted)
     return loader
 
 
@@ -68,35 +70,26 @@ class ContextReader:
         self.folder = Path(f"{config.dataset_label}_{split}")
         settings = config.activation_dumper
         self._config, self._tokens = config, load_tokens(config, split)
-        self._plan = plan_rows(config, split, self._tokens)
+        self._order = row_order(config, split, self._tokens)
         self.meta = {
-            "subject": {"name": config.model_label, "fingerprint": subject_fingerprint(config)},
-            "tokenizer": tokenizer_identity(config),
-            "layer": config.layer_l,
+            **dump_identity(config, split),
             "d": check_model(config).get_text_config().hidden_size,
             "encoding": settings.encoding,
-            "rows": self._plan.rows,
-            "seq_len": settings.seq_len,
-            "min_pos": settings.min_pos,
-            "vectors_per_sequence": settings.vectors_per_sequence,
-            "seed": config.dataset.split_seed,
+            "rows": self._order.rows,
             "rows_per_shard": settings.rows_per_shard,
             "rows_per_batch": settings.rows_per_batch,
         }
-        text = self._tokens.fingerprint if not self._tokens.cache_files else (config.pretokenized_dir / "meta.json").read_text()
-        self.identity = hashlib.sha256((json.dumps(self.meta) + text).encode()).hexdigest()[:16]
-        first = np.arange(0, self._plan.rows, settings.rows_per_shard)
-        self._batches = [
-            (shard, row)
-            for shard, begin in enumerate(first)
-            for row in range(0, min(settings.rows_per_shard, self._plan.rows - begin), settings.rows_per_batch)
+        self.identity = hashlib.sha256(json.dumps([self.meta, tokens_checksums(config, split)]).encode()).hexdigest()[:16]
+        sizes = [
+            batch_sizes(min(settings.rows_per_shard, self._order.rows - first), settings.rows_per_batch)
+            for first in range(0, self._order.rows, settings.rows_per_shard)
         ]
-        ends = [min(row + settings.rows_per_batch, settings.rows_per_shard, self._plan.rows - first[shard]) for shard, row in self._batches]
-        self.batch_rows = np.array(ends) - [row for _, row in self._batches]
-        self._shard = functools.lru_cache(8)(self._plan.shard)
+        self.batch_rows = np.concatenate(sizes)
+        self._batches = [(shard, i * settings.rows_per_batch) for shard, rows in enumerate(sizes) for i in range(len(rows))]
+        self._shard = functools.lru_cache(8)(self._order.shard)
 
     def __len__(self) -> int:
-        return self._plan.rows
+        return self._order.rows
 
     def read_batch(self, index: int) -> dict[str, Tensor]:
         """What :meth:`ShardReader.read_batch` gives, without ``activation``."""

@@ -4,7 +4,6 @@ shapes and nothing else, takes a step while memory, FLOPs and the parameters pas
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import weakref
 from collections.abc import Iterator
@@ -26,6 +25,8 @@ from megalens.lens.lens import ConsistencyLens
 from megalens.lens.subject import Subject
 from megalens.objective import TERMS, Objective, Step
 from megalens.ops.tile import tile_size
+from megalens.planning.attention import fused_attention
+from megalens.planning.flops import FLOPS
 
 # A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.
 _SMALL, _SAMPLES = (2, 2), (2, 4)
@@ -135,9 +136,9 @@ def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
         batch = meta_batch(config, lens, samples)
         with (
             _counted_uses(_units(lens)) as uses,
-            _fused_attention(),
+            fused_attention(),
             LiveBytes(lens) as live,
-            FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops,
+            FlopCounterMode(display=False, custom_mapping=FLOPS) as flops,
         ):
             take_step(lens, batch)
         passed, summed = sum(use[0] for use in uses), _summed(config, lens, uses)
@@ -272,40 +273,12 @@ def _tile_bytes(function, args) -> int:
     return 4 * tiles * tile_size(weight_VD) * len(hidden_ND)
 
 
-@torch.library.custom_op("megalens::planned_attention", mutates_args=())
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a fused attention leaves behind: its result and a log-sum-exp per query and head. Shapes only."""
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("megalens::planned_attention_backward", mutates_args=())
-def _attention_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients that it leaves behind. Shapes only."""
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-_attention.register_fake(_attention._init_fn)
-_attention_backward.register_fake(_attention_backward._init_fn)
-_attention.register_autograd(
-    lambda ctx, *_: _attention_backward(*ctx.saved_tensors[:3]),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """While entered, ``scaled_dot_product_attention`` needs what GPUs' and CPUs' kernels do; on the meta device it would be spelt out."""
-    spelt_out = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _attention(query, key, value)[0]
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = spelt_out
-
-
 @contextmanager
 def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]]]:
-    """The uses of units: their size, that of their result, and is this the backward of one whose result needs a gradient?"""
+    """List each use of a unit: how many numbers its parameters have, how many its result has, and whether this is a backward pass.
+
+    A forward pass whose result needs a gradient is followed by a backward pass, which is a use of its own.
+    """
     uses: list[tuple[int, int, bool]] = []
 
     def used(unit, _, result) -> None:
@@ -324,7 +297,7 @@ def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]
 
 
 def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bool]]) -> int:
-    """A sliced block sums behind its rowwise layers in forward, and in backward where its colwise ones have one input."""
+    """Numbers that the ranks of a sliced model sum: in forward behind each rowwise layer, in backward for each input of colwise layers."""
     if config.fsdp.tensor_ranks == 1:
         return 0
     slicing, vocabulary = lens.subject.lm.slicing(1), _numel(lens.subject.lm.vocabulary)
@@ -340,38 +313,3 @@ def _units(lens: ConsistencyLens) -> list[nn.Module]:
 
 def _numel(module: nn.Module) -> int:
     return sum({id(p): p.numel() for p in module.parameters()}.values())
-
-
-def _draw_flops(hidden, out_weight, *_, **__) -> int:
-    return 2 * hidden[0] * out_weight[0] * out_weight[1]
-
-
-def _draw_backward_flops(grads, inputs, *_, **__) -> int:
-    return 3 * _draw_flops(inputs[0], inputs[1])  # logits and the embedding's gradient again, and the hidden state's gradient
-
-
-def _kl_flops(p_hidden, q_hidden, p_weight, *_, **__) -> int:
-    return 2 * _draw_flops(p_hidden, p_weight)
-
-
-def _kl_backward_flops(grads, found, hidden_and_weights, p_bias, q_bias, softcap, wanted, **__) -> int:
-    hidden, _, weight, _ = hidden_and_weights
-    return (2 + sum(wanted[:2])) * _draw_flops(hidden, weight)  # logits again
-
-
-def _attention_flops(query, key, value, *_, **__) -> int:
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _attention_backward_flops(query, key, value, *_, **__) -> int:
-    return 5 * _attention_flops(query, key, value) // 2  # the scores again, and two products for each of forward's
-
-
-_FLOPS = {
-    torch.ops.megalens.planned_attention: _attention_flops,
-    torch.ops.megalens.planned_attention_backward: _attention_backward_flops,
-    torch.ops.megalens.gumbel_embed: _draw_flops,
-    torch.ops.megalens.gumbel_embed_backward: _draw_backward_flops,
-    torch.ops.megalens.vocab_divergences: _kl_flops,
-    torch.ops.megalens.vocab_divergences_backward: _kl_backward_flops,
-}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import socket
 import sys
@@ -31,7 +30,6 @@ _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
 _FREE = ("verbalizer.checkpoint_every_n_tokens",)  # memory and time only
 _PATIENCE = 20.0  # seconds; a training that was told to stop, or lost its launcher, is still on its way out
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass
@@ -63,12 +61,7 @@ def sole_training(config: Config) -> Iterator[None]:
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     lock = Lock(config.run_dir / ".training")
-    try:
-        _take(lock, config.run_dir)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        print(f"warning: the disk of {config.run_dir} has no locks; see to it that no other training writes there", file=sys.stderr)
+    _take(lock, config.run_dir)
     try:
         yield
     finally:
