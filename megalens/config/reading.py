@@ -70,7 +70,7 @@ def _normalise(arguments: list[str]) -> list[str]:
         if argument in _keys(Config):
             raise ConfigError(f"'{argument}' has no value; write {argument}=VALUE")
         if "=" not in argument:
-            raise ConfigError(f"'{argument}' is no setting; write key=value" + _nearest(argument, ["config", *_keys(Config)]))
+            raise ConfigError(f"'{argument}' is no setting; write key=value" + nearest(argument, ["config", *_keys(Config)]))
         result.append(argument)
     return result
 
@@ -140,7 +140,7 @@ def _check_value(key: str, value, where: str) -> None:
 def _check_key(key: str, where: str) -> None:
     known = _keys(Config)
     if key not in known:
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, [k for k in known if not dataclasses.is_dataclass(known[k])]))
+        raise ConfigError(f"unknown key '{key}' in {where}" + nearest(key, known_keys()))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -168,8 +168,16 @@ def _keys(cls, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+def known_keys(sections: bool = False) -> list[str]:
+    """Every dotted key: ``dataset.name``, and ``dataset`` where sections count too."""
+    return [key for key, kind in _keys(Config).items() if sections or not dataclasses.is_dataclass(kind)]
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown key: the one meant.
+
+    That is one of the same last part or initials (lr), of a close last part in the section, or of close spelling.
+    """
     section, _, last = key.rpartition(".")
     leaves = {name: name.rpartition(".")[2] for name in known}
     siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
