@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -20,10 +21,7 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """A documented dataclass field; a mutable default is copied for each instance."""
     metadata = {"help": text, "choices": choices}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return field(
-            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else dataclasses.replace(default),
-            metadata=metadata,
-        )
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

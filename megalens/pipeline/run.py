@@ -7,11 +7,12 @@ import socket
 import sys
 from pathlib import Path
 
-import megalens
 from megalens.config import Config, ConfigError
 from megalens.pipeline.runner import Runner, say
 from megalens.pipeline.stages import DataStage, Phase, data_stages
 from megalens.sweep.trial import any_sweep, as_trial, outside_the_sweep
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def run_stages(phases: list[Phase]) -> None:
@@ -67,7 +68,7 @@ def train_command(config: Config) -> list[str]:
     Raises:
         ConfigError: DeepSpeed is asked for and not installed.
     """
-    script = str(Path(megalens.__file__).with_name("train.py"))
+    script = str(TRAIN)
     if config.deepspeed is None:
         return [sys.executable, script]
     beside = Path(sys.executable).with_name("deepspeed")
