@@ -1,20 +1,28 @@
-# make        the environment in .venv          make test   the tests
-# make demo   a real lens, measured             make lint   ruff
-# make clean  removes .venv and caches; data/ and outputs/ stay
+# make        the environment in .venv          make test    every test
+# make demo   a real lens, measured             make quick   the fast tests: under 2 minutes on 2 cores
+# make lint   style, imports, types             make lowest  the fast tests on the oldest versions that setup.py promises
+# make clean  removes the environments and caches; data/ and outputs/ stay
 PYTHON := $(or $(PYTHON),$(shell command -v python3))
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
 # Tools that are started by name (deepspeed, torchrun, ninja) are the environment's own.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CXX
 
-.PHONY: all demo test lint clean
+.PHONY: all demo test quick lowest lint clean
 all: $(INSTALLED)
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) tools/check_machine.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(LOWEST)/.installed: setup.py pyproject.toml constraints-lowest.txt
+	$(PYTHON) tools/check_machine.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -25,10 +33,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
+quick: $(INSTALLED)
+	$(VENV)/bin/python -m pytest --quick
+
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest --quick
+
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find $(wildcard megalens tools tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +

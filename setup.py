@@ -1,8 +1,13 @@
 """Packaging. Ranges say what should work; constraints.txt says what was tested, and `make` installs exactly that."""
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
 
 REQUIRED = [
     "torch>=2.11,<3",  # tensors, autograd, compile, distributed
@@ -39,19 +44,35 @@ DEV = [
     "pytest>=9,<10",  # the tests
     "pytest-xdist>=3.8,<4",  # one test process per core
     "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
+    "import-linter>=2.17,<3",  # rooms import only what lies below them
+    "mypy>=2.4,<3",  # types
     "sweeps>=0.2,<0.3",  # W&B's own schema of sweep files; 0.3 wants NumPy 1
 ]
 
+VERSION = re.search(r'^__version__ = "(.+?)"', (HERE / "megalens" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+class BuildWithFiles(build_py):
+    """Copies into a wheel what a checkout has beside the package (megalens/shipped.py finds either)."""
+
+    def run(self):
+        super().run()
+        for folder in () if self.editable_mode else ("conf", "ds_configs"):
+            shutil.copytree(HERE / folder, Path(self.build_lib, "megalens", "_files", folder), dirs_exist_ok=True)
+
+
 setup(
     name="megalens",
-    version="0.1.0",
+    version=VERSION,
     description="Consistency lenses: read an activation of a language model, say it in words, prove the words by rebuilding it",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalens", "megalens.*"]),
-    package_data={"megalens.ops": ["cpu/*"]},
+    package_data={"megalens": ["py.typed"], "megalens.ops": ["cpu/*"], "megalens.data": ["demo_wheels.txt"]},
+    cmdclass={"build_py": BuildWithFiles},
+    entry_points={"console_scripts": ["megalens = megalens.commands:main"]},
     install_requires=REQUIRED,
     extras_require={
         "deepspeed": DEEPSPEED,

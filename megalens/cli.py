@@ -5,27 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
 
 
-def run(main: Callable[[list[str]], int | None], doc: str) -> None:
+def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[str] | None = None) -> None:
     """Call ``main`` with the command's arguments and exit.
 
     Args:
-        main: takes ``sys.argv[1:]``, returns the exit code (None: 0).
+        main: takes the arguments, returns the exit code (None: 0).
         doc: the command's docstring, printed for ``--help`` and ``-h``.
+        arguments: ``sys.argv[1:]`` where none are given.
 
     An error of ours (a ``ValueError`` or ``OSError`` class defined in megalens) and a full or forbidden disk become one line on
     stderr and exit code 1, and so does a package that is not installed; anything else is a bug and keeps its traceback.
     """
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
         print(doc.strip())
         sys.exit(0)
     try:
-        code = main(arguments)
+        code = main(given)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,25 @@
-"""What every command does alike."""
+"""What every command does alike, the command `megalens` that finds them, and how they read their line."""
 
 from __future__ import annotations
 
 import errno
+import importlib
+import re
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
+import megalens
+from megalens import commands
+from megalens.arguments import Arguments, number_above_zero, whole_number
 from megalens.cli import run
 from megalens.config import ConfigError
 from megalens.data import DataError
+
+NO_COMMANDS = ("check_machine.py", "eval.py", "explain.py", "plan.py")
+SCRIPTS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name not in NO_COMMANDS)
 
 
 def call(monkeypatch, action, *arguments: str) -> int:
@@ -63,3 +73,127 @@ def test_a_missing_package_is_named_with_the_mend_and_a_missing_module_of_ours_i
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(ModuleNotFoundError):
         run(failing(ModuleNotFoundError("No module named 'megalens.x'", name="megalens.x")), "")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def megalens_says(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["megalens", *arguments])
+    code = 0
+    try:
+        commands.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]])
+def test_the_overview_has_a_line_for_every_command(monkeypatch, capsys, arguments):
+    code, out, _ = megalens_says(monkeypatch, capsys, *arguments)
+    assert code == 0
+    lines = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", out, flags=re.MULTILINE))
+    assert list(lines) == list(commands.COMMANDS)
+    assert [name for name, line in lines.items() if not line.endswith((".", ":"))] == []
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_is_a_module_whose_docstring_shows_how_it_is_called(name):
+    module = commands.COMMANDS[name]
+    assert f"megalens {name}" in commands.docstring(module) or name == "train"
+    assert callable(importlib.import_module(module).main)
+
+
+def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
+    assert megalens_says(monkeypatch, capsys, "pretokenise", "x=1") == (
+        1,
+        "",
+        "error: there is no command 'pretokenise'; did you mean 'megalens pretokenize'?\n",
+    )
+    assert "megalens --help lists them" in megalens_says(monkeypatch, capsys, "zzzz")[2]
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert megalens_says(monkeypatch, capsys, "--version")[:2] == (0, f"{megalens.__version__}\n")
+
+
+def test_a_command_gets_its_arguments_and_exits_with_its_code(monkeypatch, capsys):
+    code, _, err = megalens_says(monkeypatch, capsys, "dump", "layer_k=1")
+    assert code == 1
+    assert err == "error: unknown key 'layer_k' in the command line; did you mean 'layer_l'?\n"
+
+
+def test_help_needs_no_library():
+    code = "import sys, runpy; sys.argv = ['megalens', 'dump', '--help']\ntry: runpy.run_module('megalens', run_name='__main__')\n"
+    code += "finally: print('loaded:', {'torch', 'omegaconf', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("loaded: set()\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_a_command_and_its_help_shows_the_script(script):
+    done = subprocess.run([sys.executable, f"tools/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"python tools/{script}" in done.stdout
+    assert len((ROOT / "tools" / script).read_text().splitlines()) < 10
+
+
+# ------------------------------------------------------------------------------------------------------------- the line
+
+
+def parser() -> Arguments:
+    made = Arguments("megalens x FOLDER")
+    made.add_argument("folder")
+    made.add_argument("--rows", type=whole_number(1), default=5)
+    made.add_argument("--tokens", type=number_above_zero, default=1e9)
+    made.add_argument("--html")
+    made.add_argument("--json", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize("rows", [["rows=7"], ["--rows=7"], ["--rows", "7"]])
+def test_an_option_is_written_in_three_ways_anywhere_in_the_line(rows):
+    for line in ([*rows, "here", "t_text=3"], ["here", *rows, "t_text=3"], ["t_text=3", "here", *rows]):
+        found, settings = parser().split(line)
+        assert (found.folder, found.rows, found.json, settings) == ("here", 7, False, ["t_text=3"])
+
+
+def test_settings_keep_their_order_and_deepspeed_its_file():
+    line = ["seed=1", "--deepspeed", "z3.json", "--json", "here", "--layer_l=2", "--local_rank=0", "config=a.yaml"]
+    found, settings = parser().split(line)
+    assert found.json
+    assert settings == ["seed=1", "--deepspeed", "z3.json", "--layer_l=2", "--local_rank=0", "config=a.yaml"]
+
+
+def test_a_word_may_hold_an_equals_sign_and_begin_with_a_dash():
+    assert parser().split(["data/a=b"])[0].folder == "data/a=b"
+    assert parser().split(["-"])[0].folder == "-"
+    assert parser().split(["rows=2", "--", "--json"])[0].folder == "--json"
+    assert parser().split(["here", "--html", "a=b.html"])[0].html == "a=b.html"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["here", "rowz=3"], "unknown key 'rowz' in the command line; did you mean 'rows'?"),
+        (["here", "layer_k=3"], "unknown key 'layer_k' in the command line; did you mean 'layer_l'?"),
+        (["here", "--jsn"], "unknown option --jsn; write: megalens x FOLDER"),
+        (["here", "there"], "'there' is one word too many"),
+        (["here", "rows=0"], "rows: 0 must be a whole number of 1 or more"),
+        (["here", "tokens=nan"], "tokens: nan must be a number greater than 0"),
+        (["here", "--html"], "html: expected one argument"),
+        ([], "the following arguments are required: folder"),
+    ],
+)
+def test_what_is_not_understood_is_one_line_with_the_mend(line, message):
+    with pytest.raises(ConfigError) as caught:
+        parser().split(line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_command_without_settings_takes_none():
+    with pytest.raises(ConfigError, match="unknown key 't_text' in the command line"):
+        parser().read(["here", "t_text=3"])

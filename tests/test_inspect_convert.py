@@ -1,8 +1,7 @@
-"""tools/inspect_acts.py and tools/convert_acts.py: what they print and make of real files, and what they refuse."""
+"""`megalens inspect` and `megalens convert`: what they print and make of real files, and what they refuse."""
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megalens.commands import convert as convert_command
+from megalens.commands import inspect as inspect_command
 from megalens.config import ConfigError, load_config
-from megalens.data import DataError
+from megalens.data import DataError, inspect
 from megalens.data.dump import dump
 from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import pretokenize
@@ -21,11 +22,6 @@ from megalens.data.shards import verify
 from megalens.data.source import training_loader
 
 TINY = ["config=conf/tiny.yaml", "device=cpu"]
-ROOT = Path(__file__).parents[1]
-
-
-def tool(name: str):
-    return runpy.run_path(str(ROOT / "tools" / name))["main"]
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def dumped(checkout) -> Path:
 
 
 def test_inspect_prints_statistics_and_rows_and_draws_them(dumped, capsys):
-    tool("inspect_acts.py")([str(dumped), "rows=3", "html=page.html"])
+    inspect_command.main([str(dumped), "rows=3", "html=page.html"])
     printed = capsys.readouterr().out
     rows = ActivationLoader(dumped, 1, 0).rows(range(358))
     norms = rows["activation"].norm(dim=1)
@@ -53,12 +49,24 @@ def test_inspect_prints_statistics_and_rows_and_draws_them(dumped, capsys):
 
 
 def test_inspect_finds_sinks_and_escapes_text(dumped):
-    inspect = runpy.run_path(str(ROOT / "tools" / "inspect_acts.py"))
     figures = {"norm": np.array([1.0, 1, 1, 90, 1]), "position": np.array([1, 2, 3, 0, 1])}
-    assert inspect["medians"](figures)[0] == 90
-    assert "<b>" not in inspect["bars"]("<b>", [1.0], ["<b>"])
-    with pytest.raises(ConfigError, match="name one folder"):
-        inspect["main"]([])
+    assert inspect.medians(figures)[0] == 90
+    assert "<b>" not in inspect.bars("<b>", [1.0], ["<b>"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: folder; write: megalens inspect"),
+        (["a", "b"], "'b' is one word too many"),
+        (["a", "rows=few"], "rows: few must be a whole number of 0 or more"),
+        (["a", "row=3"], "unknown key 'row' in the command line; did you mean 'rows'"),
+        (["a", "layer_k=3"], "unknown key 'layer_k' in the command line; did you mean 'layer_l'"),
+    ],
+)
+def test_what_inspect_does_not_understand_is_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        inspect_command.main(arguments)
 
 
 def some_rows(dumped) -> dict[str, torch.Tensor]:
@@ -80,7 +88,7 @@ def test_converted_rows_are_the_source_and_can_be_trained_on(dumped, kind):
         rows |= {"position": torch.full((40,), rows["input_ids"].shape[1] - 1), "doc_id": torch.arange(40)}
         more = ["ids=ids.npy"]
     arguments = [f"acts.{kind}", "made", *more, *TINY, "activation_dumper.rows_per_shard=16"]
-    tool("convert_acts.py")(arguments)
+    convert_command.main(arguments)
     assert verify("made") == []
     loader = training_loader(load_config([*TINY, "mix=[made=1]"]))
     back = loader.rows(range(40))
@@ -88,11 +96,10 @@ def test_converted_rows_are_the_source_and_can_be_trained_on(dumped, kind):
         width = back[name].shape[1:2] if name == "input_ids" else ()
         assert torch.equal(back[name], value[:, : width[0]] if width else value), name
     with pytest.raises(DataError, match="there is a dump"):
-        tool("convert_acts.py")(arguments)
+        convert_command.main(arguments)
 
 
 def test_what_can_not_be_converted_is_named(dumped):
-    convert = tool("convert_acts.py")
     rows = some_rows(dumped)
     cases = {
         "there is no file": "none.npy",
@@ -105,8 +112,8 @@ def test_what_can_not_be_converted_is_named(dumped):
     save_file({"activation": rows["activation"]}, "bare.safetensors")
     for message, source in cases.items():
         with pytest.raises(DataError, match=message):
-            convert([source, "made", *TINY])
+            convert_command.main([source, "made", *TINY])
     save_file({**rows, "input_ids": rows["input_ids"] + 10_000}, "foreign.safetensors")
     with pytest.raises(DataError, match="token ids that the tokenizer"):
-        convert(["foreign.safetensors", "made", *TINY])
+        convert_command.main(["foreign.safetensors", "made", *TINY])
     assert not Path("made").exists()

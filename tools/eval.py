@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> None:
     from megalens.evaluate.metrics import Reference
     from megalens.evaluate.plots import read_curve
     from megalens.evaluate.table import examples, table
+    from megalens.families.loading import subject_fingerprint
 
     named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
     if len(named) != 1:

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megalens import shipped
 from megalens.config.rules import validate
 from megalens.config.schema import Config, ConfigError, Schedule, Weight
 
@@ -20,8 +21,9 @@ from megalens.config.schema import Config, ConfigError, Schedule, Weight
 def load_config(arguments: list[str]) -> Config:
     """Command-line arguments to a checked configuration.
 
-    ``config=FILE`` names a YAML file (default: the built-in defaults); other ``key=value`` or ``--key=value`` arguments
-    override it, the last one winning. ``--deepspeed FILE`` is taken as ``deepspeed=FILE``; ``--local_rank=N`` (from launchers) is ignored.
+    ``config=FILE`` names a YAML file (default: the built-in defaults); conf/x.yaml is megalens' own where there is none here. Other
+    ``key=value`` or ``--key=value`` arguments override it, the last one winning. ``--deepspeed FILE`` is taken as ``deepspeed=FILE``;
+    ``--local_rank=N`` (from launchers) is ignored.
 
     Raises:
         ConfigError: unknown key, wrong type, empty value, missing file, or settings that contradict each other.
@@ -35,7 +37,7 @@ def load_config(arguments: list[str]) -> Config:
     if files:
         if not files[0]:
             raise ConfigError("config= is empty; name a file, e.g. config=conf/demo.yaml")
-        merged = _merge_file(merged, Path(files[0]), ())
+        merged = _merge_file(merged, shipped.find(files[0]), ())
         if merged.run_name is None:
             merged.run_name = Path(files[0]).stem
     for argument in overrides:
@@ -85,7 +87,7 @@ def _normalise(arguments: list[str]) -> list[str]:
         if argument in _keys(Config):
             raise ConfigError(f"'{argument}' has no value; write {argument}=VALUE")
         if "=" not in argument:
-            raise ConfigError(f"'{argument}' is no setting; write key=value" + _nearest(argument, ["config", *_keys(Config)]))
+            raise ConfigError(f"'{argument}' is no setting; write key=value" + nearest(argument, ["config", *_keys(Config)]))
         result.append(argument)
     return result
 
@@ -130,7 +132,7 @@ def _merge_argument(base, argument: str):
         raise ConfigError(f"{argument}: this is no {kind}") from None
 
 
-def _merge(base, values: dict, where: str):
+def _merge(base, values: Any, where: str):
     values = _with_weights(values, where)
     for key, value in _flat(values).items():
         _check_key(key, where)
@@ -168,15 +170,13 @@ def _check_value(key: str, value, where: str) -> None:
 
 
 def _check_key(key: str, where: str) -> None:
-    known = _keys(Config)
     if kind_of(key) is None:
-        leaves = [each for each in known if known[each] is Weight or not dataclasses.is_dataclass(known[each])]
-        raise ConfigError(f"unknown key '{key}' in {where}" + _nearest(key, leaves))
+        raise ConfigError(f"unknown key '{key}' in {where}" + nearest(key, known_keys()))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys; an empty section stays a section."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
@@ -200,16 +200,24 @@ def kind_of(key: str) -> Any:
 @functools.cache
 def _keys(cls, prefix: str = "") -> dict[str, Any]:
     """Every dotted key and its type; a section's type is its dataclass."""
-    keys = {}
+    keys: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
         keys[prefix + name] = kind.__name__ if kind in (bool, int, float, str) else kind
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             keys |= _keys(kind, f"{prefix}{name}.")
     return keys
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key meant: one of the same last part or initials (lr), of a close last part in the section, or of close spelling."""
+def known_keys(sections: bool = False) -> list[str]:
+    """Every dotted key: ``dataset.name``, and ``dataset`` where sections count too."""
+    return [key for key, kind in _keys(Config).items() if sections or kind is Weight or not dataclasses.is_dataclass(kind)]
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown key: the one meant.
+
+    That is one of the same last part or initials (lr), of a close last part in the section, or of close spelling.
+    """
     section, _, last = key.rpartition(".")
     leaves = {name: name.rpartition(".")[2] for name in known}
     siblings = {leaf: name for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
@@ -225,7 +233,7 @@ def _line(error: Exception) -> str:
 
 def _finish(merged) -> Config:
     try:
-        config = OmegaConf.to_object(merged)
+        config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_line(error)) from None
     validate(config)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from megalens import shipped
 from megalens.device import resolve_dtype
 from megalens.engine.base import EngineError
 
@@ -66,7 +66,7 @@ def _settle(found: dict, path: str, value: Any, key: str, file: str) -> None:
 
 
 def _read(config) -> dict:
-    path = Path(config.deepspeed)
+    path = shipped.find(config.deepspeed)
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise EngineError(f"deepspeed={path} does not exist; there are: {', '.join(known) or 'ds_configs/z1.json, z2, z3, z3_offload'}")

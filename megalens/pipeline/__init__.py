@@ -1,1 +1,1 @@
-"""Stages from text to lens, run in order."""
+"""Stages from text to lens: which they are, run here one after another or submitted as jobs."""

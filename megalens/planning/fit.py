@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from megalens import shipped
 from megalens.config import Config, ConfigError
 from megalens.data.encoding import bytes_per_value
 from megalens.planning.footprint import Footprint
@@ -34,7 +34,7 @@ UTILISATION = 0.3  # of the maker's FLOPs, assumed
 AS_FAST = 1.05  # times the fastest: predictions tell no smaller differences
 ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the simplest first
 STATE = ("weights", "masters", "moments", "gradients")
-FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+FILES = shipped.HOME / "ds_configs"
 
 
 @dataclass(frozen=True)

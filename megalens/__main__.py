@@ -1,0 +1,5 @@
+"""``python -m megalens`` is the command ``megalens``."""
+
+from megalens.commands import main
+
+main()

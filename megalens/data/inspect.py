@@ -1,0 +1,146 @@
+"""What a dump holds: its making, its statistics, a few rows with their text, and a page that draws them."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from megalens.config import Config, config_from_dict
+from megalens.data import DataError
+from megalens.data.identity import tokenizer_identity
+from megalens.data.loader import ActivationLoader
+from megalens.data.shards import ShardReader
+from megalens.families.loading import load_tokenizer
+
+SINK = 5.0  # times the median norm of all rows
+
+
+def inspect(folder: str | Path, rows: int, sample: int, settings: list[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """A dump as lines of text, and the figures that :func:`page` draws.
+
+    Args:
+        folder: the dump.
+        rows: how many are shown with the end of their text; 0 loads no tokenizer.
+        sample: rows that norms and positions are measured on.
+        settings: ``key=value``, e.g. another ``model_name``; without one it is the dump's subject.
+
+    Raises:
+        DataError: there is no such dump, or the tokenizer is another one.
+        ConfigError: a setting is wrong.
+    """
+    reader = ShardReader(folder)
+    figures = measure(reader, sample)
+    names = ("subject", "tokenizer", "layer", "d", "encoding", "split", "rows", "seq_len", "min_pos", "vectors_per_sequence")
+    lines = [f"{name:>22}  {json.dumps(reader.meta[name])}" for name in names if name in reader.meta]
+    lines += [f"{name:>22}  {text}" for name, text in describe(reader, figures).items()]
+    if count := min(rows, len(reader)):
+        lines += ["", *rows_with_text(folder, count, config_from_dict(found_model(reader, settings), settings))]
+    return lines, figures
+
+
+def every_dump(roots: Iterable[str | Path]) -> list[str]:
+    """Each folder with shards below the roots, those without a ``meta.json`` too.
+
+    Raises:
+        DataError: there is none.
+    """
+    roots = list(roots)
+    found = sorted({str(path.parent) for root in roots for name in ("meta.json", "shard-*.arrow") for path in Path(root).rglob(name)})
+    if not found:
+        raise DataError(f"there is no dump below {', '.join(map(str, roots))}; name another folder: megalens verify --all FOLDER")
+    return found
+
+
+def measure(reader: ShardReader, sample: int) -> dict[str, np.ndarray]:
+    """Norms and positions ``[N]`` of the first rows, and every dimension's share of the variance, the largest first."""
+    parts = []
+    for index in range(len(reader.batch_rows)):
+        batch = reader.read_batch(index)
+        parts.append((batch["activation"].float().norm(dim=1).numpy(), batch["position"].numpy()))
+        if sum(len(norm_N) for norm_N, _ in parts) >= sample:
+            break
+    norm_N, position_N = (np.concatenate(column)[:sample] for column in zip(*parts, strict=True))
+    order = np.argsort(-reader.var.numpy(), kind="stable")
+    return {
+        "norm": norm_N,
+        "position": position_N,
+        "dimension": order,
+        "share": reader.var.double().numpy()[order] / float(reader.var.sum()),
+    }
+
+
+def describe(reader: ShardReader, figures: dict[str, np.ndarray]) -> dict[str, str]:
+    """The statistics as text."""
+    size = sum(shard["bytes"] for shard in reader.meta["shards"])
+    norm_N, share = figures["norm"], figures["share"]
+    quantiles = ", ".join(f"{q} %: {np.quantile(norm_N, q / 100):.4g}" for q in (0, 5, 50, 95, 100))
+    top = ", ".join(f"{d}: {100 * s:.1f} %" for d, s in zip(figures["dimension"][:5], share[:5], strict=True))
+    by_position = medians(figures)
+    sinks = [f"{p} ({norm:.4g})" for p, norm in by_position.items() if norm > SINK * np.median(norm_N)]
+    lossy = {"lost by int8": f"{reader.meta['fve_loss']:.2g} of the variance"} if "fve_loss" in reader.meta else {}
+    return {
+        "size": f"{len(reader.meta['shards'])} shards, {size:,} bytes, {size / len(reader):.1f} a row",
+        "norm": f"{quantiles} (of {len(norm_N):,} rows)",
+        "norm of the mean": f"{float(reader.mean.norm()):.4g}",
+        "top dimensions": f"{top}; the first ten hold {100 * share[:10].sum():.1f} % of the variance",
+        "positions": f"{figures['position'].min()} to {figures['position'].max()}",
+        "attention sinks": ", ".join(sinks) or "none",
+    } | lossy
+
+
+def medians(figures: dict[str, np.ndarray]) -> dict[int, float]:
+    """The median norm at each position."""
+    return {int(p): float(np.median(figures["norm"][figures["position"] == p])) for p in np.unique(figures["position"])}
+
+
+def found_model(reader: ShardReader, settings: list[str]) -> dict:
+    """The dump's subject as a setting, unless it is named."""
+    named = any(setting.startswith("model_name=") for setting in settings)
+    local = Path(Config().model_name).parent / reader.meta["subject"]["name"]
+    return {} if named else {"model_name": str(local) if local.is_dir() else reader.meta["subject"]["name"].replace("__", "/")}
+
+
+def rows_with_text(folder: str | Path, count: int, config: Config) -> list[str]:
+    """The first rows: where they are from, and the end of the text that leads up to them."""
+    tokenizer, loader = load_tokenizer(config), ActivationLoader(folder, 1, 0)
+    loader.reader.check_matches({"tokenizer": tokenizer_identity(config)})
+    batch, lines = loader.rows(range(count)), []
+    for i in range(count):
+        position = int(batch["position"][i])
+        text = tokenizer.decode(batch["input_ids"][i, : position + 1].tolist())
+        norm = float(batch["activation"][i].norm())
+        lines.append(
+            f"row {i}, document {int(batch['doc_id'][i])}, position {position}, norm {norm:.4g}: ...{' '.join(text.split())[-80:]}"
+        )
+    return lines
+
+
+def page(folder: str | Path, lines: list[str], figures: dict[str, np.ndarray]) -> str:
+    """A page of its own: the text and three drawings."""
+    counts, edges = np.histogram(figures["norm"], 40)
+    by_position = medians(figures)
+    parts = [
+        bars("rows by norm", counts, [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]),
+        bars("median norm by position", list(by_position.values()), [f"position {p}" for p in by_position]),
+        bars(
+            "share of the variance, the 40 largest dimensions", figures["share"][:40], [f"dimension {d}" for d in figures["dimension"][:40]]
+        ),
+    ]
+    title, text = html.escape(str(folder)), html.escape("\n".join(lines))
+    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><pre>{text}</pre>{"".join(parts)}\n'
+
+
+def bars(title: str, values, labels: list[str]) -> str:
+    """One bar per value, its label and number on hover."""
+    width, top = max(2.0, 800 / len(values)), max(float(max(values)), 1e-30)
+    drawn = [
+        f'<rect x="{i * width:.1f}" y="{150 - 150 * value / top:.1f}" width="{width * 0.9:.1f}" height="{150 * value / top:.1f}" '
+        f'fill="#48c"><title>{html.escape(label)}: {value:.4g}</title></rect>'
+        for i, (value, label) in enumerate(zip(values, labels, strict=True))
+    ]
+    return f'<h2>{html.escape(title)}</h2><svg width="820" height="150">{"".join(drawn)}</svg>'
