@@ -46,7 +46,7 @@ class Subject(nn.Module):
         self.lm = lm
         self.layer_l = layer_l
         self.fingerprint = fingerprint
-        self.num_blocks = lm.config.num_hidden_layers
+        self.num_blocks = lm.num_blocks
         self.lm.requires_grad_(False)
         self.eval()
 
