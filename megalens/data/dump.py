@@ -58,7 +58,7 @@ def dump(config: Config) -> None:
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
-    check_model(layers[-1])
+    check_model(config)
     orders, tokens = {}, {}
     for split in todo:
         tokens[split] = load_tokens(config, split)

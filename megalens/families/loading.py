@@ -77,12 +77,14 @@ def check_model(config: Config):
     """The model's settings, read without its weights.
 
     Raises:
-        ConfigError: no such model, or ``layer_l`` is not a block of it.
+        ConfigError: no such model, or ``layer_l`` or one of ``activation_dumper.layers`` is not a block of it.
     """
     settings = from_pretrained(transformers.AutoConfig, config)
-    blocks = settings.get_text_config().num_hidden_layers
+    blocks, layers = settings.get_text_config().num_hidden_layers, config.activation_dumper.layers
     if config.layer_l >= blocks:
         raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
+    if max(layers, default=0) >= blocks:
+        raise ConfigError(f"activation_dumper.layers={layers}: {config.model_name} has {blocks} blocks, so each is 0 to {blocks - 1}")
     return settings
 
 
