@@ -62,13 +62,14 @@ def weight(default: float, text: str) -> Any:
     return setting(Weight(value=default), text)
 
 
+@dataclass
 class WithWeights:
     """A section with weights: a number given for one is a constant schedule."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if self.__dataclass_fields__[name].type == "Weight":
-                setattr(self, name, as_weight(value))
+        for f in dataclasses.fields(self):
+            if f.type == "Weight":
+                setattr(self, f.name, as_weight(getattr(self, f.name)))
 
 
 @dataclass

@@ -32,6 +32,10 @@ class ConsistencyLens(nn.Module):
         ConfigError: ``layer_l`` is the last block while the activation enters there (no block above to speak).
     """
 
+    mean: Tensor
+    var: Tensor
+    plain_ids: Tensor
+
     def __init__(self, config: Config, subject: Subject, tokenizer, mean_D: Tensor, var_D: Tensor, objective: Any = None):
         super().__init__()
         if mean_D.shape != (subject.d,):

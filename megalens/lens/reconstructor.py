@@ -24,6 +24,9 @@ class Reconstructor(nn.Module):
         mean_D, var_D: statistics of the training activations.
     """
 
+    lm: CausalLM
+    suffix: PromptEmbedding | None
+
     def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject

@@ -38,6 +38,11 @@ class StandardisedLinear(nn.Module):
     it starts as the identity.
     """
 
+    mean: Tensor
+    std: Tensor
+    offset: Tensor
+    scale: Tensor
+
     def __init__(self, mean_D: Tensor, std_D: Tensor, offset_D: Tensor, scale_D: Tensor, dtype: torch.dtype):
         super().__init__()
         self.linear = nn.Linear(len(mean_D), len(mean_D), dtype=dtype)
@@ -74,6 +79,8 @@ class Verbalizer(nn.Module):
         tokenizer: the subject's.
         mean_D, var_D: statistics of the training activations.
     """
+
+    lm: CausalLM
 
     def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
         super().__init__()
