@@ -1,8 +1,8 @@
 """The Triton version of :func:`megalens.ops.gumbel_embed`: products and all that follows them in one kernel per direction.
 
-Forward: one program per block of ids and rows computes its logits and their statistics, which torch folds; ``[B, V]`` is never
-written. Backward: a program computes both products (logits, and gradient times input embedding), and writes the two factors of
-one chunk of ids, ``[T, 2B]``; torch multiplies them with the chunk's rows, as in gumbel_tile.py, whose docstring has the algebra.
+Forward: one program per block of ids and rows computes its logits and their statistics, and torch folds these; ``[B, V]`` is never
+written. Backward: a program computes both products (logits, and gradient times input embedding) and writes the two factors of
+one chunk of ids, ``[T, 2B]``. Torch multiplies them with the chunk's rows; the docstring of gumbel_tile.py has the algebra.
 
 The noise is noise.py's: the same integer hash, then the same polynomials for its logarithms as cpu/lanes.h.
 """

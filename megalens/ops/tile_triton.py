@@ -20,7 +20,7 @@ def tanh(x):
 
 @triton.jit
 def block(matrix, rows, there, stride, columns, width, WIDEN: tl.constexpr):
-    """Rows of a row-major matrix, zero where there is none; in float32 where the interpreter, which cannot multiply bf16, asks."""
+    """Rows of a row-major matrix, zero where there is none. WIDEN makes them float32, for the interpreter, which cannot multiply bf16."""
     block = tl.load(
         matrix + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=there[:, None] & (columns < width)[None, :], other=0.0
     )
