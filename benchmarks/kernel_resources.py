@@ -22,20 +22,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalens.ops import gumbel_triton
+from megalens.ops import gumbel_triton, log_prob_triton
+from megalens.ops.tile_triton import blocks, switches
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KERNELS = {f"gumbel {name}": kernel for name, kernel in gumbel_triton.KERNELS.items()}
+KERNELS |= {f"log_prob {name}": kernel for name, kernel in log_prob_triton.KERNELS.items()}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use (CUDA programming guide, table of capabilities)
 POINTERS = {"partial": "*fp32", "per_row": "*fp32", "mean": "*fp32", "keys": "*i32", "best": "*i32", "token": "*i64"}
-FLOATS, COUNTS = ("softcap", "noise", "sharpness"), ("B", "first_id", "end_id")
+FLOATS, COUNTS = ("softcap", "noise", "sharpness"), ("B", "first_id", "end_id", "span")
 DIVISIBLE = ("V", "D", "E", "weight_stride", "out_stride", "in_stride")
 
 
-def compile_for(kernel, arch: int, dtype: str, rows: int):
-    """The kernel as :mod:`megalens.ops.gumbel_triton` launches it, for a chip that need not be here."""
-    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    constants = gumbel_triton.blocks(rows, torch_dtype)
+def sizes(name: str, rows: int, dtype: str) -> dict:
+    """Block sizes and launch settings as the kernel's module takes them."""
+    return blocks(rows, DTYPES[dtype], *((log_prob_triton.ROWS,) if name.startswith("log_prob") else ()))
+
+
+def compile_for(name: str, arch: int, dtype: str, rows: int):
+    """The kernel as its module launches it, for a chip that need not be here."""
+    kernel, torch_dtype, constants = KERNELS[name], DTYPES[dtype], sizes(name, rows, dtype)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    constants |= gumbel_triton.switches(True, True, torch_dtype) | {"TIED": False}
+    constants |= switches(True, True, torch_dtype) | {"TIED": False}
     signature, hints = {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -65,10 +73,14 @@ def resources(compiled) -> dict:
 def megabytes(name: str, rows: int, vocabulary: int, width: int, dtype: str) -> float:
     """What a kernel must read and write in one pass over the vocabulary, each number once (embeddings untied)."""
     size = {"bf16": 2, "fp32": 4}[dtype]
-    blocks = vocabulary / gumbel_triton.blocks(rows, torch.bfloat16)["BV"]
-    if name == "statistics":  # the head's weights; six statistics and an id per block and row
-        return (vocabulary * width * size + 7 * 4 * blocks * rows) / 1e6
-    return (2 * vocabulary * width * size + 2 * rows * vocabulary * size + 4 * blocks * rows) / 1e6  # both embeddings; two factors
+    parts, weights = vocabulary / sizes(name, rows, dtype)["BV"], vocabulary * width * size
+    moved = {
+        "gumbel statistics": weights + 7 * 4 * parts * rows,  # six statistics and an id per block and row
+        "gumbel factors": 2 * weights + 2 * rows * vocabulary * size + 4 * parts * rows,  # both embeddings; two factors
+        "log_prob sums": weights + 4 * 4 * min(parts, log_prob_triton.SPANS) * rows,
+        "log_prob gradient": weights + rows * vocabulary * size,
+    }
+    return moved[name] / 1e6
 
 
 def main() -> None:
@@ -80,8 +92,8 @@ def main() -> None:
     for arch in arguments.arch:
         for dtype in arguments.dtype:
             for rows in arguments.rows:
-                for name, kernel in gumbel_triton.KERNELS.items():
-                    compiled = compile_for(kernel, arch, dtype, rows)
+                for name in KERNELS:
+                    compiled = compile_for(name, arch, dtype, rows)
                     line = {
                         "claim": "kernel_resources",
                         "kernel": name,

@@ -21,7 +21,7 @@ BENCHMARKS = {  # what is run with and without --quick
     "loader": ([], ["--gb", "0.01", "--repeats", "1"]),
     "vocab_op": ([], ["--vocab", "5000", "--batch", "8", "--repeats", "1"]),
 }
-LABELS = ("claim", "size", "kind", "batch", "context", "t_text", "dtype", "vocab")
+LABELS = ("claim", "op", "size", "kind", "batch", "context", "t_text", "dtype", "vocab")
 NOT_SHOWN = {"threads", "torch", "transformers"}
 
 

@@ -64,10 +64,10 @@ def check_impl(op: str, impl: str, known: tuple[str, ...]) -> None:
 
 
 def cast_under_autocast(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Under autocast, hidden states arrive in its dtype: cast them to the weight's, which is what a vocabulary op computes in."""
+    """Cast hidden states, which under autocast arrive in its dtype, to the weight's: a vocabulary op computes in that."""
     return hidden.to(weight.dtype) if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) else hidden
 
 
 def without_autocast(tensor: Tensor):
-    """A context without autocast on the tensor's device; the meta device knows none."""
+    """A context without autocast on the tensor's device. The meta device has no autocast."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -40,11 +40,13 @@ def gumbel_embed(
     """Draw a token per row by the Gumbel-max trick and embed it with a straight-through gradient (Jang et al., 2017).
 
     ``logits = hidden @ out_weight.T + bias``, soft-capped as ``softcap * tanh(logits / softcap)`` where asked. The token is the
-    arg-max of ``logits + noise * gumbel`` (so a draw from softmax(logits) at ``noise`` 1, greedy at 0). The embedding's value is
-    ``in_weight[ids]``; its gradient reaches the logits as that of ``softmax((logits + noise * gumbel) / tau) @ in_weight``, and
-    ``in_weight`` as that of its value, exactly as ``F.gumbel_softmax(..., hard=True) @ in_weight`` does.
+    arg-max of ``logits + noise * gumbel``: a draw from softmax(logits) at ``noise`` 1, greedy at 0.
 
-    ``tile`` and ``triton`` are one registered operator, ``megalens::gumbel_embed``, opaque to ``torch.compile``; they have a first
+    The embedding's value is ``in_weight[ids]``. Its gradient reaches the logits as if it were
+    ``softmax((logits + noise * gumbel) / tau) @ in_weight``, and ``in_weight`` as that of its value. Both are exactly what
+    ``F.gumbel_softmax(..., hard=True) @ in_weight`` gives.
+
+    ``tile`` and ``triton`` are one registered operator, ``megalens::gumbel_embed``, opaque to ``torch.compile``. They have a first
     derivative only, and no ``vmap``. Under autocast the hidden states are cast to the weights' dtype and the op computes in it.
 
     Args:
@@ -66,6 +68,20 @@ def gumbel_embed(
         OpError: an argument is wrong.
     """
     hidden_BD = cast_under_autocast(hidden_BD, out_weight_VD)
+    _check(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap, impl)
+    if impl == "auto":
+        impl = fastest(out_weight_VD)
+    with without_autocast(hidden_BD):
+        if impl == "reference":
+            return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
+        # torch.compile takes a float that enters in any other way for a constant, and a schedule would compile every step again
+        one = torch.ones(1, dtype=torch.float64)
+        tau_and_noise = torch.cat([one * tau, one * noise])
+        return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
+
+
+def _check(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap, impl) -> None:
+    """Refuse arguments that are wrong."""
     check_head("gumbel_embed", "", hidden_BD, out_weight_VD, bias_V)
     check_softcap("gumbel_embed", softcap)
     check_impl("gumbel_embed", impl, IMPLEMENTATIONS)
@@ -81,15 +97,6 @@ def gumbel_embed(
     if keys_B.dtype != torch.int64 or keys_B.shape != hidden_BD.shape[:1]:
         raise OpError(f"gumbel_embed: keys must be int64 [{hidden_BD.shape[0]}], one per row, not {keys_B.dtype} {list(keys_B.shape)}")
     check_device("gumbel_embed", hidden=hidden_BD, in_weight=in_weight_VD, keys=keys_B)
-    if impl == "auto":
-        impl = fastest(out_weight_VD)
-    with without_autocast(hidden_BD):
-        if impl == "reference":
-            return _reference(hidden_BD, out_weight_VD, in_weight_VD, tau, keys_B, noise, bias_V, softcap)
-        # by tensor arithmetic: any other way a float enters is a constant to torch.compile, and a schedule would compile every step anew
-        one = torch.ones(1, dtype=torch.float64)
-        tau_and_noise = torch.cat([one * tau, one * noise])
-        return GumbelEmbed(*_operator(hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, tau_and_noise, softcap, impl)[:5])
 
 
 def _implementation(impl: str, weight_VD: Tensor):

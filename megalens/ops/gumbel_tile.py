@@ -2,8 +2,8 @@
 
 Forward: per tile the logits, folded into running statistics (online soft-max, Milakov and Gimelshein, 2018).
 Backward: the tile's logits and noise again. With p = softmax((z + noise * g) / tau) and q = grad @ in_weight.T,
-``dz = p * (q - sum(p * q)) / tau``; the sum is known only after the last tile, so ``p * q`` and ``p`` are both multiplied with
-the tile and put together at the end. A gradient of the weights needs the sum first, hence one more pass.
+``dz = p * (q - sum(p * q)) / tau``. The sum is known only after the last tile, so ``p * q`` and ``p`` are both multiplied with
+the tile and put together at the end. A gradient of the weights needs the sum first: one more pass finds it.
 
 A batch of few rows is bound by reading the embedding, and general matrix products are slow for it: there the products are in
 ``cpu/few.h`` too, and the embedding is read once per direction, in its own dtype.
@@ -26,7 +26,7 @@ STATE = 6  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
 
 
 def _few(hidden_BD: Tensor, *weights: Tensor) -> bool:
-    """Does ``cpu/few.h`` serve these?"""
+    """Whether ``cpu/few.h`` serves these."""
     return len(hidden_BD) <= FEW_ROWS and hidden_BD.dtype in (torch.float32, torch.bfloat16) and all(w.stride(1) == 1 for w in weights)
 
 

@@ -1,11 +1,10 @@
 """The Triton version of :func:`megalens.ops.gumbel_embed`: products and all that follows them in one kernel per direction.
 
-Forward: one program per block of ids and rows computes its logits and their statistics, which torch folds; ``[B, V]`` is never
-written. Backward: a program computes both products (logits, and gradient times input embedding), and writes the two factors of
-one chunk of ids, ``[T, 2B]``; torch multiplies them with the chunk's rows, as in gumbel_tile.py, whose docstring has the algebra.
+Forward: one program per block of ids and rows computes its logits and their statistics, and torch folds these; ``[B, V]`` is never
+written. Backward: a program computes both products (logits, and gradient times input embedding) and writes the two factors of
+one chunk of ids, ``[T, 2B]``. Torch multiplies them with the chunk's rows; the docstring of gumbel_tile.py has the algebra.
 
-The noise is noise.py's: the same integer hash, then the same polynomials for its logarithms as cpu/lanes.h. Widths of the products
-are multiples of 16, as tensor cores want; shorter batches are masked. float32 is multiplied as float32 (no TF32).
+The noise is noise.py's: the same integer hash, then the same polynomials for its logarithms as cpu/lanes.h.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 from megalens.ops.gumbel_tile import assemble
 from megalens.ops.noise import split_keys
 from megalens.ops.tile import same_weight
+from megalens.ops.tile_triton import block, blocks, cap_logits, product, switches
 
 CHUNKS = 16  # of the vocabulary, whose factors exist at one time in the backward
 
@@ -56,32 +56,6 @@ def _gumbel(low, high, ids):
 
 
 @triton.jit
-def _tanh(x):
-    a, z = tl.abs(x), x * x
-    near = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    return tl.where(a < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _block(matrix, rows, there, stride, columns, width, WIDEN: tl.constexpr):
-    """Rows of a row-major matrix, zero where there is none; in float32 where the interpreter, which can not multiply bf16, asks."""
-    block = tl.load(
-        matrix + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=there[:, None] & (columns < width)[None, :], other=0.0
-    )
-    return block.to(tl.float32) if WIDEN else block
-
-
-@triton.jit
-def _logits(z, bias, ids, in_range, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    if HAS_BIAS:
-        z += tl.load(bias + ids, mask=in_range, other=0.0).to(tl.float32)[None, :]
-    if HAS_CAP:
-        z = softcap * _tanh(z / softcap)
-    return z
-
-
-@triton.jit
 def _statistics(
     hidden, weight, bias, keys, partial, best, B, V, D, weight_stride, softcap, noise, sharpness,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -90,15 +64,9 @@ def _statistics(
     """Of one block of ids and rows, into ``partial [6, blocks, B]``: top, sum e, sum e * (z - top), noisy top, noisy sum e, z of best."""
     rows = tl.program_id(0) * BB + tl.arange(0, BB)
     ids = tl.program_id(1) * BV + tl.arange(0, BV)
-    depth = tl.arange(0, BD)
     row_there, id_there = rows < B, ids < V
-    z = tl.zeros((BB, BV), tl.float32)
-    for start in range(0, D, BD):
-        d = start + depth
-        h = _block(hidden, rows, row_there, D, d, D, WIDEN)
-        w = _block(weight, ids, id_there, weight_stride, d, D, WIDEN)
-        z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
-    z = _logits(z, bias, ids, id_there, softcap, HAS_BIAS, HAS_CAP)
+    z = product(hidden, rows, row_there, D, weight, ids, id_there, weight_stride, D, PRECISION, WIDEN, BB, BV, BD)
+    z = cap_logits(z, bias, ids, id_there, softcap, HAS_BIAS, HAS_CAP)
     low = tl.load(keys + rows, mask=row_there, other=0)
     high = tl.load(keys + B + rows, mask=row_there, other=0)
     noisy = tl.where(id_there[None, :], z + noise * _gumbel(low, high, ids), float("-inf"))
@@ -130,25 +98,19 @@ def _factors(
     """
     rows = tl.program_id(0) * BB + tl.arange(0, BB)
     ids = first_id + tl.program_id(1) * BV + tl.arange(0, BV)
-    depth = tl.arange(0, BD)
     row_there, id_there = rows < B, ids < end_id
-    z = tl.zeros((BB, BV), tl.float32)
-    q = tl.zeros((BB, BV), tl.float32)
-    for start in range(0, D, BD):
-        d = start + depth
-        h = _block(hidden, rows, row_there, D, d, D, WIDEN)
-        w = _block(out_weight, ids, id_there, out_stride, d, D, WIDEN)
-        z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
-        if TIED:
-            g = _block(grad, rows, row_there, D, d, D, WIDEN)
-            q = tl.dot(g, tl.trans(w), q, input_precision=PRECISION)
-    if not TIED:
-        for start in range(0, E, BD):
-            d = start + depth
-            g = _block(grad, rows, row_there, E, d, E, WIDEN)
-            w = _block(in_weight, ids, id_there, in_stride, d, E, WIDEN)
-            q = tl.dot(g, tl.trans(w), q, input_precision=PRECISION)
-    z = _logits(z, bias, ids, id_there, softcap, HAS_BIAS, HAS_CAP)
+    if TIED:  # both products from one reading of the embedding
+        z = tl.zeros((BB, BV), tl.float32)
+        q = tl.zeros((BB, BV), tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            w = block(out_weight, ids, id_there, out_stride, d, D, WIDEN)
+            z = tl.dot(block(hidden, rows, row_there, D, d, D, WIDEN), tl.trans(w), z, input_precision=PRECISION)
+            q = tl.dot(block(grad, rows, row_there, D, d, D, WIDEN), tl.trans(w), q, input_precision=PRECISION)
+    else:
+        z = product(hidden, rows, row_there, D, out_weight, ids, id_there, out_stride, D, PRECISION, WIDEN, BB, BV, BD)
+        q = product(grad, rows, row_there, E, in_weight, ids, id_there, in_stride, E, PRECISION, WIDEN, BB, BV, BD)
+    z = cap_logits(z, bias, ids, id_there, softcap, HAS_BIAS, HAS_CAP)
     low = tl.load(keys + rows, mask=row_there, other=0)
     high = tl.load(keys + B + rows, mask=row_there, other=0)
     q_token = tl.load(per_row + rows, mask=row_there, other=0.0)
@@ -175,19 +137,6 @@ def _factors(
     tl.store(at, gradient.to(factors.dtype.element_ty), mask=there)
     tl.store(at + B, per_mean.to(factors.dtype.element_ty), mask=there)
     tl.store(mean + tl.program_id(1) * B + rows, tl.sum(pq, 1), mask=row_there)
-
-
-def blocks(rows: int, dtype: torch.dtype) -> dict:
-    """Block sizes and launch settings for so many rows: registers hold two accumulators and the noise, shared memory the pipeline."""
-    block = 16 if rows <= 16 else 32
-    narrow = dtype != torch.float32
-    return {"BB": block, "BV": 128, "BD": 64 if narrow else 32, "num_warps": 4 if block == 16 else 8, "num_stages": 3}
-
-
-def switches(bias: bool, softcap: bool, dtype: torch.dtype) -> dict:
-    """The kernels' compile-time switches."""
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    return {"HAS_BIAS": bias, "HAS_CAP": softcap, "PRECISION": precision, "WIDEN": triton.knobs.runtime.interpret}
 
 
 KERNELS = {"statistics": _statistics, "factors": _factors}

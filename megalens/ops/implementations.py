@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("reference", "tile", "triton")
 
 @torch.compiler.assume_constant_result
 def has_triton() -> bool:
-    """Is Triton installed?"""
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 

@@ -1,7 +1,7 @@
 """The tile version of :func:`megalens.ops.vocab_divergences`, on any device: no tensor of the vocabulary's width, forward or backward.
 
 Forward: per tile both sides' logits, folded into running sums of e_p, e_p * z_p, e_p * z_q and their mirror images.
-Backward: the tile's logits again; with all divergences known, the gradient of either side's logits needs no second pass.
+Backward: the tile's logits again. The divergences are known, so the gradient of either side's logits needs no second pass.
 What lies between the products is ``cpu/tile.cpp`` on a CPU, and plain torch operations on a tile elsewhere.
 """
 

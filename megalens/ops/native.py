@@ -1,6 +1,7 @@
-"""Builds and loads ``cpu/tile.cpp``: a second or two at the first use in a process, with the C++ compiler that ``torch.compile`` needs too.
+"""Builds and loads ``cpu/tile.cpp`` at its first use in a process, with the C++ compiler that ``torch.compile`` needs too.
 
-The library is built into a fresh private folder and the file removed once loaded: nothing that lay on disk before is ever run.
+The build takes two or three seconds. The library goes into a fresh private folder and is removed once it is loaded, so that nothing that
+lay on disk before is ever run.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ SIGNATURES = {
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, else the first of g++, clang++ and c++ there is."""
+    """The C++ compiler: ``$CXX``, else the first that is found of g++, clang++ and c++."""
     return next((path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))), None)
 
 
@@ -98,7 +99,7 @@ def _function(name: str, dtype: torch.dtype):
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-    """Run a function of ``tile.cpp`` on tiles (or, of few rows, embeddings) of ``dtype``; tensors go as their first element's address.
+    """Run a function of ``tile.cpp`` on tiles of ``dtype`` (with few rows: on embeddings). Tensors are passed as the address of their data.
 
     Raises:
         OpError: there is no library.

@@ -1,6 +1,6 @@
-"""What the CPU tile versions share: the cut of the vocabulary, the products with a tile, and when tiles pay.
+"""What the tile versions share: tiles of the vocabulary, products with them, sums and gradients over them, and when tiles pay.
 
-The matrix products run on torch (MKL or oneDNN), everything between them in one pass of ``cpu/tile.cpp``.
+The matrix products run on torch. What lies between them is one pass of ``cpu/tile.cpp`` on a CPU, and torch operations elsewhere.
 
 Tiles lie transposed, ``[T, B]``: a slice of the embedding then enters the product as it lies in memory (a quarter faster than
 ``[B, T]`` on MKL), and sums over the vocabulary run down the lanes of a vector.
@@ -17,8 +17,8 @@ from torch import Tensor
 from megalens.ops.checks import OpError
 from megalens.ops.native import library
 
-NUM_TILES, MIN_TILE, MAX_TILE = 24, 1024, 8192  # the memory of a tile is a fixed part of a full row's; so is the cost of calls
-MAX_LOGITS = 2**22  # numbers in a tile, where an op runs on so many rows that tiles of the size above would be large
+NUM_TILES, MIN_TILE, MAX_TILE = 24, 1024, 8192  # a tile takes a fixed part of the memory of all logits, and calls take a fixed time
+MAX_LOGITS = 2**22  # numbers in a tile: with thousands of rows, a tile of the size above would be large
 CAST_TILE = 256  # where the tile of the embedding itself must be widened, which costs more memory than its logits
 
 
@@ -42,7 +42,7 @@ def tiles(weight_VD: Tensor, size: int | None = None) -> Iterator[tuple[slice, T
 
 @torch.compiler.assume_constant_result
 def tiles_work() -> bool:
-    """Can this machine build the tile version? Where it cannot, says so once."""
+    """Whether this machine can build the tile version; warns once where it cannot."""
     found = library()
     if isinstance(found, OpError):
         warnings.warn(f"{found}; until then the vocabulary ops run their plain reference, slowly and in much memory", stacklevel=2)
@@ -50,12 +50,12 @@ def tiles_work() -> bool:
 
 
 def tiles_pay(weight_VD: Tensor) -> bool:
-    """Are tiles faster than the reference for this embedding? On a CPU with a compiler and from a few tiles on."""
+    """Whether tiles are faster than the reference for this embedding: on a CPU with a compiler, from a few tiles on."""
     return weight_VD.device.type == "cpu" and weight_VD.shape[0] >= 4 * MIN_TILE and tiles_work()
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to multiply in: on a CPU float32 where it has no instruction for the narrow one (several times faster, and finer)."""
+    """The dtype to multiply in. A CPU without an instruction for a narrow dtype multiplies in float32: several times faster, and finer."""
     if tensor.device.type != "cpu" or tensor.dtype in (torch.float32, torch.float64):
         return tensor.dtype
     return tensor.dtype if tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -72,7 +72,7 @@ def columns(hidden_BD: Tensor) -> Tensor:
 
 
 def same_weight(one_VD: Tensor, other_VD: Tensor) -> bool:
-    """Are the two embeddings one tensor, so that one product serves both?"""
+    """Whether the two embeddings are one tensor, so that one product serves both."""
     return one_VD.data_ptr() == other_VD.data_ptr() and one_VD.shape == other_VD.shape and one_VD.stride() == other_VD.stride()
 
 
@@ -97,7 +97,7 @@ def head_tiles(hidden_DN: Tensor, weight_VD: Tensor, bias_V: Tensor | None, size
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Does ``cpu/tile.cpp`` serve this tensor?"""
+    """Whether ``cpu/tile.cpp`` serves this tensor."""
     return tensor.device.type == "cpu"
 
 

@@ -1,5 +1,5 @@
-// The whole of both directions for a batch of few rows, products included: the embedding is read once per direction, chunk by chunk,
-// which a general matrix product for so few rows does not reach.
+// Both directions for a batch of few rows, products included. The embedding is read once per direction, chunk by chunk; a general
+// matrix product is far slower than that for so few rows.
 #pragma once
 #include "gumbel.h"
 
