@@ -6,6 +6,7 @@ import shlex
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.families.loading import load_tokenizer
@@ -109,11 +110,19 @@ def spoil_index(folder):
     (folder / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1")
 
 
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 DAMAGES = {
     "a weight is missing": (
         drop("model.layers.2.mlp.up_proj.weight"),
         r"lacks the weight model\.layers\.2\.mlp\.up_proj\.weight, where random numbers would stand; fetch the model anew",
-        r"hold no model\.layers\.2\.mlp\.up_proj\.weight; fetch the model anew",
+        r"hold no model\.layers\.2\.mlp\.up_proj\.weight: fetch the model anew",
     ),
     "two weights are missing": (
         drop("model.layers.2.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
@@ -144,6 +153,17 @@ def test_damaged_model_is_refused_in_one_line_however_it_is_loaded(tmp_path, dam
                 lens.subject.files.read(name)
         assert "\n" not in str(refusal.value)
     assert "LOAD REPORT" not in caplog.text
+
+
+def test_weights_that_are_joined_as_they_are_loaded_need_an_engine_that_loads_whole(tmp_path):
+    folder = make_model(tmp_path / "model")
+    config = AutoConfig.for_model("mixtral", **TINY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_lens(folder, "frozen", empty_blocks=False)
+    with pytest.raises(
+        ConfigError, match=r"hold no .*experts.*: it is joined from several, which only engines do that load the model whole"
+    ):
+        make_lens(folder, "frozen")
 
 
 def test_tied_head_is_not_missing(tmp_path):

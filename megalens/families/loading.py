@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from megalens.config import Config, ConfigError
 from megalens.device import materialise, resolve_dtype
@@ -58,7 +58,7 @@ def _model_folder(config: Config) -> Path:
 
 def _fetched(name: str) -> Path:
     """The folder of a hub model's files; those that it would be loaded from are fetched, where they are not there, and not opened."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
     try:
@@ -101,7 +101,8 @@ def load_model(config: Config, settings) -> PreTrainedModel:
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
     options = model_options(config, settings)
     model, found = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **report, **options)
-    for parameter, stored, wanted in sorted(found["mismatched_keys"]):
+    if found["mismatched_keys"]:
+        parameter, stored, wanted = min(found["mismatched_keys"])
         raise ConfigError(wrong_shape(name, parameter, tuple(stored), tuple(wanted)))
     if missing := found["missing_keys"]:
         first = next((key for key in model.state_dict() if key in missing), min(missing))
@@ -172,7 +173,7 @@ def _why_not(factory, name: str, error: Exception) -> str:
         return f"{name} has no tokenizer files ({files}); copy them there, or set tokenizer_name to a model with the same tokenizer"
     if isinstance(error, json.JSONDecodeError) and (bad := _bad_json(name)):
         return f"{bad} is no valid JSON: it is damaged or a pointer of Git LFS; fetch it anew"
-    if isinstance(error, OSError) and SAFE_WEIGHTS_NAME in reason:
+    if isinstance(error, OSError) and SAFE_WEIGHTS_NAME in reason and (Path(name).is_dir() or find_file(name, WEIGHTS_NAME)):
         return no_safetensors(name)
     mend = "" if Path(name).is_dir() else f"; fetch it where there is a network (hf download {name}) or name a local folder"
     return f"cannot load {name}: {reason}{mend}"

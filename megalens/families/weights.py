@@ -24,7 +24,7 @@ class WeightFiles:
         model: the model; its weights may be anywhere, or on the meta device.
 
     Raises:
-        ConfigError: there are none, or one is damaged.
+        ConfigError: there are none, one is damaged, or they lack a parameter.
     """
 
     def __init__(self, name: str, model: PreTrainedModel):
@@ -38,34 +38,37 @@ class WeightFiles:
         else:
             with _opened(whole) as file:
                 file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        conversions = get_model_conversion_mapping(model)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         state, prefix = model.state_dict(), model.base_model_prefix
         self._shape = {key: tuple(value.shape) for key, value in state.items()}
         self._place = {rename_source_key(key, renamings, [], prefix, state)[0]: (file, key) for key, file in file_of.items()}
+        missing = next((parameter for parameter, _ in model.named_parameters() if parameter not in self._place), None)
+        if missing:
+            joined = len(renamings) < len(conversions)
+            mend = "it is joined from several, which only engines do that load the model whole (local, ZeRO 1 and 2)"
+            raise ConfigError(f"the files of {name} hold no {missing}: {mend if joined else 'fetch the model anew'}")
 
     def read(self, parameter: str) -> Tensor:
         """A parameter's values, on the CPU, as they are stored.
 
         Raises:
-            ConfigError: the files do not hold it, hold it in another shape, or are damaged.
+            ConfigError: the files hold it in another shape, or are damaged.
         """
-        if parameter not in self._place:
-            mend = "fetch the model anew; if it is stored in a layout of its own, save it anew with transformers"
-            raise ConfigError(f"the files of {self.name} hold no {parameter}; {mend}")
         file_name, key = self._place[parameter]
         path = find_file(self.name, file_name)
         if path is None:
             raise ConfigError(f"{self.name} lacks the file {file_name}, which its index names for {parameter}; fetch the model anew")
         with _opened(path) as file:
             value = file.get_tensor(key)
-        if tuple(value.shape) != self._shape.get(parameter, tuple(value.shape)):
+        if tuple(value.shape) != self._shape[parameter]:
             raise ConfigError(wrong_shape(self.name, parameter, tuple(value.shape), self._shape[parameter]))
         return value
 
 
 def find_file(name: str, file: str) -> str | None:
     """Where a file of a model lies; None: it has none of that name."""
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
 
 
 def no_safetensors(name: str) -> str:

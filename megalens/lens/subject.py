@@ -19,8 +19,8 @@ from megalens.families.weights import WeightFiles
 
 @dataclass
 class Read:
-    """One read of a batch of contexts: the activation at P, the normed last hidden state there (``lm.logits`` of it are the true
-    next-token logits), and what patching needs."""
+    """One read of a batch of contexts: the activation at P ``[B, D]``, the normed last hidden state there ``[B, D]`` (``lm.logits`` of it
+    are the true next-token logits), and what patching needs."""
 
     activation_BD: Tensor
     normed_BD: Tensor
@@ -167,11 +167,11 @@ def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Returns:
         The rows to read ``[S]``, the longest context of each document, and for each row ``[B]`` which of these holds its own.
-        Every row for itself where documents do not tell (the contexts of one are no beginnings of its longest).
+        Every row stands for itself where the contexts of a document are not all beginnings of its longest.
     """
     ids_BC, position_B = batch["input_ids"], batch["position"]
     each = torch.arange(len(position_B), device=position_B.device)
-    if ids_BC.is_meta:  # shapes alone can not tell
+    if ids_BC.is_meta:  # shapes alone cannot tell
         return each, each
     doc_S, sequence_B = batch["doc_id"].unique(return_inverse=True)
     if len(doc_S) == len(each):
