@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
 from megalens.objective import build_lens
-from megalens.ops import gumbel_embed, gumbel_tile, kl_tile, native, vocab_divergences
+from megalens.ops import gumbel_embed, gumbel_tile, kl_tile, log_prob_tile, native, vocab_divergences, vocab_log_prob
 from megalens.planning import command
 from megalens.planning.fit import ENGINES, GPU, choose, need
 from megalens.planning.flops import FLOPS
@@ -69,7 +69,7 @@ def test_parameters_and_memory_of_a_step_are_those_of_a_real_one(objective, mode
 @pytest.mark.parametrize("wanted", [("hidden",), ("hidden", "out")])
 def test_flops_of_the_vocabulary_ops_are_those_of_their_products(monkeypatch, tied, wanted):
     counted = []
-    for module, name in itertools.product((gumbel_tile, kl_tile), ("forward", "backward")):
+    for module, name in itertools.product((gumbel_tile, kl_tile, log_prob_tile), ("forward", "backward")):
         plain = getattr(module, name)
 
         def count(*inputs, plain=plain):
@@ -86,9 +86,10 @@ def test_flops_of_the_vocabulary_ops_are_those_of_their_products(monkeypatch, ti
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as planned:
         drawn = gumbel_embed(tensors["hidden"], tensors["out"], in_weight, 1.0, torch.arange(rows), impl="tile")
         compared = vocab_divergences(tensors["other"], drawn.embeds, tensors["out"], in_weight, impl="tile")
-        (drawn.lse.sum() + compared.kl.sum()).backward()
+        scored = vocab_log_prob(tensors["hidden"], tensors["out"], torch.arange(rows), impl="tile")
+        (drawn.lse.sum() + compared.kl.sum() + scored.log_prob.sum()).backward()
     assert planned.get_total_flops() == sum(counted)
-    assert len(counted) == 4
+    assert len(counted) == 6
 
 
 def test_what_the_local_engine_keeps_is_what_is_planned(full):
@@ -119,7 +120,7 @@ def test_the_fastest_that_fits_is_chosen_and_more_accumulation_before_nothing(fu
     least = min(need(config, step, engine, 4, 16).total for engine in ENGINES if "tensor" not in engine)
     assert choose(config, {1: step}, 4, with_memory(least - 1))[0].rows < 16
     assert choose(config, {1: step}, 4, with_memory(1000))[0] is None
-    with pytest.raises(ConfigError, match="batch_size=64 can not be shared by 3 GPUs"):
+    with pytest.raises(ConfigError, match="batch_size=64 cannot be shared by 3 GPUs"):
         choose(config, {1: step}, 3, with_memory(1e9))
 
 

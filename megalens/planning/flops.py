@@ -43,6 +43,15 @@ def _divergences_backward(grads, found, hidden_and_weights, p_bias, q_bias, soft
     return sum(sides) + sum(product for product, want in zip(sides * 2, wanted[:4], strict=True) if want)
 
 
+def _log_prob(hidden, weight, *_, **__) -> int:
+    return _head(hidden, weight)
+
+
+def _log_prob_backward(grads, hidden, weight, ids, bias, found, softcap, wanted, *_, **__) -> int:
+    """The logits again, and a product for each gradient of a hidden state or the weight."""
+    return (1 + sum(wanted[:2])) * _head(hidden, weight)
+
+
 def _attention(query, key, value, *_, **__) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -57,6 +66,8 @@ FLOPS = {
     torch.ops.megalens.planned_attention_backward: _attention_backward,
     torch.ops.megalens.gumbel_embed: _draw,
     torch.ops.megalens.gumbel_embed_backward: _draw_backward,
+    torch.ops.megalens.vocab_log_prob: _log_prob,
+    torch.ops.megalens.vocab_log_prob_backward: _log_prob_backward,
     torch.ops.megalens.vocab_divergences: _divergences,
     torch.ops.megalens.vocab_divergences_backward: _divergences_backward,
 }
