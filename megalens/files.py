@@ -53,7 +53,7 @@ class ChecksumFile:
         self.file.flush()
 
     def close(self) -> None:
-        """The file itself is closed by whoever opened it."""
+        """Does nothing: the caller that opened the file closes it."""
 
     @property
     def checksum(self) -> str:

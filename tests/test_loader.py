@@ -153,7 +153,7 @@ def test_the_state_of_another_order_is_refused(dump, tmp_path):
     state = ActivationLoader(dump[0], B, 0).state_dict()
     make_dump(tmp_path, 250, seed=1)
     for other in [ActivationLoader(tmp_path, B, 0), ActivationLoader(dump[0], B, 1), ActivationLoader(dump[0], B, 0, window_bytes=1)]:
-        with pytest.raises(DataError, match="can not go on: its (identity|seed|window) was"):
+        with pytest.raises(DataError, match="cannot go on: its (identity|seed|window) was"):
             other.load_state_dict(state)
 
 
@@ -216,7 +216,7 @@ def test_the_statistics_of_a_mixture_are_those_of_its_rows(two_dumps):
 def test_dumps_of_other_models_are_not_mixed(two_dumps, tmp_path):
     make_dump(tmp_path / "c", 100, subject={"name": "toy", "fingerprint": "x"})
     make_dump(tmp_path / "d", 100, d=8)
-    for other, message in [("c", "is of another subject"), ("d", "can not be mixed .*: d 8, 16")]:
+    for other, message in [("c", "is of another subject"), ("d", "cannot be mixed .*: d 8, 16")]:
         with pytest.raises(DataError, match=message):
             ActivationLoader({two_dumps[0][0]: 1, tmp_path / other: 1}, B, 0)
     with pytest.raises(DataError, match="greater than 0"):

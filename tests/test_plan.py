@@ -120,7 +120,7 @@ def test_the_fastest_that_fits_is_chosen_and_more_accumulation_before_nothing(fu
     least = min(need(config, step, engine, 4, 16).total for engine in ENGINES if "tensor" not in engine)
     assert choose(config, {1: step}, 4, with_memory(least - 1))[0].rows < 16
     assert choose(config, {1: step}, 4, with_memory(1000))[0] is None
-    with pytest.raises(ConfigError, match="batch_size=64 can not be shared by 3 GPUs"):
+    with pytest.raises(ConfigError, match="batch_size=64 cannot be shared by 3 GPUs"):
         choose(config, {1: step}, 3, with_memory(1e9))
 
 

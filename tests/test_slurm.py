@@ -121,7 +121,7 @@ def test_the_pipeline_is_a_chain_of_jobs_that_reuses_what_is_there(slurm, place)
     settings = ["config=conf/tiny.yaml", "max_train_steps=2s", "pretokenize.root=own", "activation_dumper.root=own", "run_name=chain"]
     said, jobs = submit_pipeline(slurm, place, "--nodes=2", "--", *settings)
     assert list(jobs) == ["pretokenize", "dump_acts", "train"]
-    assert "own/tiny: there is no pretokenized corpus in own/tiny" in said
+    assert "own/tiny/tiny-llama: there is no pretokenized corpus in own/tiny/tiny-llama" in said
     assert slurm.job(jobs["train"])["Dependency"].startswith(f"afterok:{jobs['dump_acts']}")
     assert slurm.job(jobs["pretokenize"])["NumNodes"] == "1"
     assert slurm.job(jobs["train"])["NumNodes"].startswith("2")

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Text, tokens or shards can not be used. The message is one line and names what mends it."""
+    """Text, tokens or shards cannot be used. The message is one line and names what mends it."""

@@ -60,7 +60,7 @@ def read(source: Path, ids: Path | None) -> dict[str, Tensor]:
         arrays = {"activation": np.load(source, allow_pickle=False), "input_ids": np.load(ids, allow_pickle=False)}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     mend = "name the token ids: ids=FILE.npy" if source.suffix == ".npy" else "give .parquet, .safetensors or .npy"
-    raise DataError(f"{source} can not be converted; {mend}")
+    raise DataError(f"{source} cannot be converted; {mend}")
 
 
 def from_parquet(source: Path) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The dump: one pass of the subject over the pretokenized text, one row per sampled position, into shards.
 
-Any number of processes dump together without talking to each other. The rows, their order and the forward batches are fixed by the
-configuration (:mod:`megalens.data.sampling`); a shard is the piece of work a process claims. One that is killed loses its claim with
-its life, and the next that comes by makes the shard again, the same to the last bit.
+Any number of processes dump together without talking to each other. The configuration fixes the rows, their order and the forward batches
+(:mod:`megalens.data.sampling`). A process claims one shard at a time. A process that dies loses its claim, and another makes the shard
+again, the same to the last bit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,10 @@ SPLITS = ("train", "val")
 
 
 def dump(config: Config) -> None:
-    """Make both splits' dumps (of each of ``activation_dumper.layers``), unless valid ones are there; to be called by every rank.
+    """Make the dumps of both splits and of each of ``activation_dumper.layers``, unless valid ones are there. Every rank calls this.
 
-    With ``config.on_the_fly`` only the validation split's.
-
-    An unfinished dump is gone on with. ``config.force_redump`` makes finished ones anew. A finished dump of other settings is not
-    touched without it.
+    With ``config.on_the_fly`` only the validation split is dumped. An unfinished dump is continued. ``config.force_redump`` makes finished
+    dumps anew; without it, a finished dump of other settings is left alone and refused.
 
     Raises:
         DataError: no pretokenized text, fewer rows than asked for, a finished dump of other settings is in the way, a full disk.
@@ -70,7 +68,7 @@ def dump(config: Config) -> None:
         discard(writer.folder, older_than=called)
         if note := writer.begin():
             say(note)
-    for wait in (False, True):  # first what nobody works at, then what a killed rank may leave
+    for wait in (False, True):  # first the shards that nobody holds, then those that a killed rank may leave
         for split in todo:
             _work(config, subject, tokens[split], orders[split], writers[split], wait)
 

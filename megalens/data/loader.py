@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from megalens.batch import Batch
 from megalens.data import DataError
 from megalens.data.encoding import encoding_of
 from megalens.data.order import FolderOrder, Mixture
 from megalens.data.shards import ShardReader
 
-Batch = dict[str, Tensor]
+Columns = dict[str, Tensor]  # rows by the names of Batch; in the shards' dtypes until they are finished
 Place = tuple[int, int]  # (epoch, row)
 _CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
 _AHEAD = 3
@@ -54,12 +55,11 @@ class ActivationLoader(IterableDataset):
         mean, var, mean_normalised: of the rows as they come, float32 ``[d]``.
         identity: a hash of what the rows are, for those who must know that they are the same.
 
-    A batch is a dict of CPU tensors (pinned where there is a GPU): ``activation [B, d]`` float32, ``input_ids [B, seq_len]`` int64 (the
-    context's tokens 0..P, 0 behind them), ``position [B]`` (P), ``sample_id [B]`` (the row's number in the dump, or in all dumps put one
-    behind the other), ``doc_id [B]``, all int64; of a mixture also ``layer [B]`` and ``source [B]`` (the dump's number).
+    A batch is a :class:`~megalens.batch.Batch` of CPU tensors, pinned where there is a GPU. In a mixture ``sample_id`` counts the rows of
+    all dumps, put one behind the other.
 
     Raises:
-        DataError: a dump is unusable or smaller than one batch, dumps of different models are mixed, or the ranks can not share a batch.
+        DataError: a dump is unusable or smaller than one batch, dumps of different models are mixed, or the ranks cannot share a batch.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ActivationLoader(IterableDataset):
         here = self.state_dict()
         for key in ("identity", "seed", "window"):
             if state[key] != here[key]:
-                raise DataError(f"the order can not go on: its {key} was {state[key]} and is {here[key]}; load the same dumps alike")
+                raise DataError(f"the order cannot go on: its {key} was {state[key]} and is {here[key]}; load the same dumps alike")
         self._epoch, self._row = state["epoch"], state["row"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,13 +141,13 @@ class ActivationLoader(IterableDataset):
     def _window_batches(self) -> list[int]:
         return [windows.size for windows in self._windows]
 
-    def _hand_out(self, chunk: tuple[list[Place], Batch]) -> Iterator[Batch]:
+    def _hand_out(self, chunk: tuple[list[Place], Columns]) -> Iterator[Batch]:
         share = self.batch_size // self.world_size
         for number, (epoch, row) in enumerate(chunk[0]):
             self._epoch, self._row = epoch, row + self.batch_size
-            yield {name: value[number * share : (number + 1) * share] for name, value in chunk[1].items()}
+            yield cast(Batch, {name: value[number * share : (number + 1) * share] for name, value in chunk[1].items()})
 
-    def _chunks_by_thread(self) -> Iterator[tuple[list[Place], Batch]]:
+    def _chunks_by_thread(self) -> Iterator[tuple[list[Place], Columns]]:
         source = self._chunks(self._places())
         with ThreadPoolExecutor(1) as reader:
             ahead = deque(reader.submit(_next_pinned, source) for _ in range(_AHEAD))
@@ -159,7 +159,7 @@ class ActivationLoader(IterableDataset):
             finally:
                 reader.shutdown(cancel_futures=True)
 
-    def _chunks_by_workers(self) -> Iterator[tuple[list[Place], Batch]]:
+    def _chunks_by_workers(self) -> Iterator[tuple[list[Place], Columns]]:
         options = {"pin_memory": torch.cuda.is_available(), "prefetch_factor": _AHEAD, "generator": torch.Generator()}
         for chunk in DataLoader(_Chunks(self), batch_size=None, num_workers=self.workers, **options):
             if isinstance(chunk, str):
@@ -175,7 +175,7 @@ class ActivationLoader(IterableDataset):
             yield epoch, row
             row += self.batch_size
 
-    def _chunks(self, places: Iterator[Place], skip: int = 0, stride: int = 1) -> Iterator[tuple[list[Place], Batch]]:
+    def _chunks(self, places: Iterator[Place], skip: int = 0, stride: int = 1) -> Iterator[tuple[list[Place], Columns]]:
         """Several batches at a time, one behind the other; of ``stride`` such chunks only each ``skip``-th."""
         meta, share = self.reader.meta, self.batch_size // self.world_size
         size = min(_CHUNK_BATCHES, max(1, _CHUNK_BYTES // (share * (4 * meta["d"] + 8 * meta["seq_len"]))))
@@ -186,7 +186,7 @@ class ActivationLoader(IterableDataset):
                 yield chunk, _finish(_join([part for span in _merged(spans) for part in self._read(*span)]))
             number += 1
 
-    def _read(self, epoch: int, first: int, last: int) -> list[Batch]:
+    def _read(self, epoch: int, first: int, last: int) -> list[Columns]:
         if len(self.readers) == 1:
             return self._windows[0].rows(epoch, first, last)
         source, before = self._mixture.deal(self.seed, epoch, first, last)
@@ -231,7 +231,7 @@ class ActivationLoader(IterableDataset):
             wanted = np.flatnonzero(owner == index)
             parts.append(_take(self.reader.read_batch(index), indices[wanted] - first_row[index]))
             places.append(wanted)
-        return _finish(_take(_join(parts), np.argsort(np.concatenate(places))))
+        return cast(Batch, _finish(_take(_join(parts), np.argsort(np.concatenate(places)))))
 
     def documents(self) -> Tensor:
         """``doc_id`` of every row of the first dump, int64."""
@@ -245,7 +245,7 @@ class ActivationLoader(IterableDataset):
     def _check(self, shares: dict) -> None:
         if self.batch_size % self.world_size:
             raise DataError(
-                f"batch_size={self.batch_size} can not be shared evenly by {self.world_size} processes; "
+                f"batch_size={self.batch_size} cannot be shared evenly by {self.world_size} processes; "
                 f"make it a multiple of {self.world_size}"
             )
         for folder, share in shares.items():
@@ -255,7 +255,7 @@ class ActivationLoader(IterableDataset):
         for reader in self.readers[1:]:
             for key in ("d", "seq_len"):
                 if reader.meta[key] != first[key]:
-                    raise DataError(f"{reader.folder} can not be mixed with {self.reader.folder}: {key} {reader.meta[key]}, {first[key]}")
+                    raise DataError(f"{reader.folder} cannot be mixed with {self.reader.folder}: {key} {reader.meta[key]}, {first[key]}")
             reader.check_matches({key: first.get(key) for key in ("subject", "tokenizer")})
 
 
@@ -265,7 +265,7 @@ class _Chunks(IterableDataset):
     def __init__(self, loader: ActivationLoader):
         self._loader = loader
 
-    def __iter__(self) -> Iterator[tuple[list[Place], Batch] | str]:
+    def __iter__(self) -> Iterator[tuple[list[Place], Columns] | str]:
         worker = get_worker_info()
         try:
             yield from self._loader._chunks(self._loader._places(), worker.id, worker.num_workers)
@@ -281,7 +281,7 @@ class _Windows:
         self._reader, self._order = reader, FolderOrder(reader.batch_rows, self.size, seed, number)
         self._held, self._window = (-1, -1), {}
 
-    def rows(self, epoch: int, first: int, last: int) -> list[Batch]:
+    def rows(self, epoch: int, first: int, last: int) -> list[Columns]:
         """Rows ``first`` to ``last`` of an epoch's order, piece by piece; copies, as the next window is written over this one."""
         parts = []
         for number, start, stop in self._order.pieces(epoch, first, last):
@@ -335,20 +335,20 @@ def _bits(values: Tensor) -> np.ndarray:
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _next_pinned(source: Iterator[tuple[list[Place], Batch]]) -> tuple[list[Place], Batch]:
+def _next_pinned(source: Iterator[tuple[list[Place], Columns]]) -> tuple[list[Place], Columns]:
     places, rows = next(source)
     return places, {name: value.pin_memory() for name, value in rows.items()} if torch.cuda.is_available() else rows
 
 
-def _take(rows: Batch, index: np.ndarray) -> Batch:
+def _take(rows: Columns, index: np.ndarray) -> Columns:
     index = torch.from_numpy(index)
     return {name: value[index] for name, value in rows.items()}
 
 
-def _join(parts: list[Batch]) -> Batch:
+def _join(parts: list[Columns]) -> Columns:
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _finish(rows: Batch) -> Batch:
+def _finish(rows: Columns) -> Columns:
     floats = {"activation": rows["activation"].float()} if "activation" in rows else {}
     return {**rows, **floats, "input_ids": rows["input_ids"].long()}

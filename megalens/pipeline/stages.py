@@ -75,7 +75,11 @@ def data_stages(config: Config) -> Iterator[DataStage]:
         problems = ((split, dump.check(config, split)) for split in ("train", "val"))
         return next((f"{split} split: {problem}" for split, problem in problems if problem is not None), None)
 
-    yield DataStage("pretokenize", config.pretokenized_dir, lambda: pretokenize.why_stale(config))
+    def tokens_problem() -> str | None:
+        is_done = not config.on_the_fly and dump_problem() is None  # nothing but the dump reads the tokens
+        return None if is_done else pretokenize.why_stale(config)
+
+    yield DataStage("pretokenize", config.pretokenized_dir, tokens_problem)
     yield DataStage("dump", config.activation_dir("train"), dump_problem)
 
 

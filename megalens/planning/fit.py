@@ -83,11 +83,11 @@ def choose(config: Config, steps: dict[int, Footprint], ranks: int, gpu: GPU, no
         ranks: GPUs.
 
     Raises:
-        ConfigError: the batch can not be shared by so many GPUs.
+        ConfigError: the batch cannot be shared by so many GPUs.
     """
     least = 2 if config.kl_base_weight else 1
     if config.batch_size % ranks or config.batch_size // ranks < least:
-        raise ConfigError(f"batch_size={config.batch_size} can not be shared by {ranks} GPUs; make it a multiple of {least * ranks}")
+        raise ConfigError(f"batch_size={config.batch_size} cannot be shared by {ranks} GPUs; make it a multiple of {least * ranks}")
     tried = []
     for accumulated in range(1, config.batch_size + 1):
         for engine in ENGINES:

@@ -52,6 +52,15 @@ def _divergences_backward(grads, found, hidden_and_weights, p_bias, q_bias, soft
     return sum(sides) + sum(product for product, want in zip(sides * 2, wanted[:4], strict=True) if want)
 
 
+def _log_prob(hidden, weight, *_, **__) -> int:
+    return _head(hidden, weight)
+
+
+def _log_prob_backward(grads, hidden, weight, ids, bias, found, softcap, wanted, *_, **__) -> int:
+    """The logits again, and a product for each gradient of a hidden state or the weight."""
+    return (1 + sum(wanted[:2])) * _head(hidden, weight)
+
+
 def _attention(query, key, value, *_, **__) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 

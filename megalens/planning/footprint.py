@@ -1,5 +1,7 @@
-"""What one training step of a configuration is made of, found without its weights: the lens on PyTorch's meta device, where tensors have
-shapes and nothing else, takes a step while memory, FLOPs and the parameters passed through are counted."""
+"""Memory, FLOPs and gathered parameters of one training step, found without the model's weights.
+
+The lens takes the step on PyTorch's meta device, where tensors have shapes and nothing else, while all three are counted.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.causal_lm import CausalLM
 from megalens.families.loading import check_model, load_tokenizer, model_options
@@ -76,7 +79,7 @@ def footprint(config: Config) -> Footprint:
     With ``fsdp.tensor_ranks`` it is what one rank of a node has of them: its slices of the blocks, and the whole vocabulary.
 
     Raises:
-        ConfigError: no such model, ``layer_l`` is not a block of it, or its blocks can not be sliced so.
+        ConfigError: no such model, ``layer_l`` is not a block of it, or its blocks cannot be sliced so.
     """
     lens = meta_lens(config)
     parameters, (*blocks, vocabulary) = list(lens.parameters()), _units(lens)
@@ -169,26 +172,21 @@ def _slice(settings, ranks: int) -> None:
         return
     counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     if any((getattr(settings, name, None) or 1) % ranks for name in counts):
-        raise ConfigError(f"{ranks} ranks can not share the heads and hidden units of a model of type '{settings.model_type}' evenly")
+        raise ConfigError(f"{ranks} ranks cannot share the heads and hidden units of a model of type '{settings.model_type}' evenly")
     settings.head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     for name in counts:
         setattr(settings, name, getattr(settings, name) // ranks)
 
 
-def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> dict[str, torch.Tensor]:
+def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
     """A batch of the longest contexts, without content."""
     ids = torch.zeros(samples, config.activation_dumper.seq_len, dtype=torch.long, device="meta")
     row = torch.zeros(samples, dtype=torch.long, device="meta")
-    return {
-        "activation": torch.zeros(samples, lens.subject.d, device="meta"),
-        "input_ids": ids,
-        "position": row,
-        "sample_id": row,
-        "doc_id": row,
-    }
+    activation = torch.zeros(samples, lens.subject.d, device="meta")
+    return Batch(activation=activation, input_ids=ids, position=row, sample_id=row, doc_id=row)
 
 
-def take_step(lens: ConsistencyLens, batch: dict[str, torch.Tensor]) -> None:
+def take_step(lens: ConsistencyLens, batch: Batch) -> None:
     """Forward and backward; a gradient is gone as soon as it is there, as the engines hand it on."""
 
     def hand_on(parameter: nn.Parameter) -> None:

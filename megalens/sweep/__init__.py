@@ -2,4 +2,4 @@
 
 
 class SweepError(ValueError):
-    """A sweep can not run. The message is one line and names the mend."""
+    """A sweep cannot run. The message is one line and names the mend."""

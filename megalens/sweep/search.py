@@ -1,7 +1,7 @@
 """Which trial comes next: Optuna's samplers and pruner over a study in SQLite that several processes share.
 
-Trials are handed out under a lock, and whoever works at one holds another: the kernel frees it when its holder dies, and the trial is
-taken over under its own number by the next who asks. So none is run twice and none is lost.
+Trials are handed out under a lock. A worker holds a second lock while it runs its trial. A worker that dies loses that lock, and the next
+one that asks takes the trial over under its own number. So no trial is run twice and none is lost.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Claim:
         self.leave()
 
     def leave(self) -> None:
-        """Leave the trial to whoever asks next."""
+        """Leave the trial to the next worker that asks."""
         self.lock.release()
 
 
