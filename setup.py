@@ -45,7 +45,7 @@ DEV = [
     "pytest-xdist>=3.8,<4",  # one test process per core
     "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
     "import-linter>=2.17,<3",  # rooms import only what lies below them
-    "mypy>=2.4,<3",  # types
+    "mypy>=2.4,<3",  # types of the package
     "sweeps>=0.2,<0.3",  # W&B's own schema of sweep files; 0.3 wants NumPy 1
 ]
 

@@ -118,7 +118,7 @@ def test_two_configurations_share_no_section():
 def test_folders_are_named_after_model_layer_and_dataset():
     config = load_config(["model_name=org/model-5M", "layer_l=4", "dataset.name=org/text", "dataset.config_name=en"])
     assert str(config.activation_dir("val")) == "data/activations/org__model-5M/layer_4/org__text_en_val"
-    assert str(config.pretokenized_dir) == "data/pretokenized/org__text_en"
+    assert str(config.pretokenized_dir) == "data/pretokenized/org__text_en/org__model-5M"
 
 
 # ------------------------------------------------------------------------------------------------- what is refused, and how
