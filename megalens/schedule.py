@@ -1,8 +1,8 @@
 """Durations and value schedules: pure functions of the training step.
 
 A duration is a string with a unit (``"500s"`` micro-steps, ``"100os"`` optimizer steps, ``"2e"`` epochs) or a plain
-number of micro-steps. A *micro-step* is one global batch of ``batch_size`` samples; an *optimizer step* is
-``gradient_accumulation_steps`` of them.
+number of micro-steps. The number may have an exponent: ``"1e6s"``. A *micro-step* is one global batch of ``batch_size``
+samples; an *optimizer step* is ``gradient_accumulation_steps`` of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(os|s|steps|e|epochs)?\s*$")
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(os|s|steps|e|epochs)?\s*$")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,16 @@ def parse_duration(text: str | int | float) -> tuple[float, str]:
     if match is None:
         raise ValueError(f'\'{text}\' is no duration: write e.g. "500s" (micro-steps), "100os" (optimizer steps) or "2e" (epochs)')
     number, unit = float(match[1]), {"steps": "s", "epochs": "e"}.get(match[2] or "s", match[2] or "s")
+    if math.isinf(number):
+        raise ValueError(f"'{str(text)[:20]}...' is no duration: the number is too large")
     if unit != "e" and number != int(number):
         raise ValueError(f"'{text}': only epochs may be fractional")
     return number, unit
+
+
+def duration_text(number: float, unit: str) -> str:
+    """The duration that :func:`parse_duration` splits into this number and unit, to the last digit."""
+    return f"{int(number) if number == int(number) else number!r}{unit}"
 
 
 def duration_steps(text: str | int | float, clock: Clock) -> int:

@@ -1,7 +1,8 @@
 """Tiny random models, their tokenizer and a small corpus: what tests and dry runs train on, made in a second without a network.
 
 The models are Hugging Face's own classes at d 64 with 4 blocks, one per family, each with what makes its family
-different: grouped queries, soft-caps, sliding windows shorter than the context, learned positions, parallel residual.
+different: grouped queries, soft-caps, sliding windows shorter than the context, learned positions, parallel residual,
+scaled embeddings and logits.
 Weights are drawn wider than Hugging Face's default (and norms and biases away from one and zero), so that activations of
 different texts differ clearly and a forgotten norm, bias or scale shows.
 """
@@ -42,6 +43,8 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
         "gpt_neox",
         {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 256},
     ),
+    "granite": ("granite", {**_ROPE, "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 3.0}),
+    "cohere": ("cohere", {**_ROPE, "logit_scale": 0.3}),
 }
 KINDS = tuple(_FAMILIES)
 

@@ -312,3 +312,25 @@ def test_weights_of_version_1_that_no_lens_has_are_refused(version1):
     (Path("outputs/run/last") / CHECKSUMS).unlink()
     with pytest.raises(CheckpointError, match="mystery is no parameter of a lens"):
         load_lens("outputs/run/last")
+
+
+# -------------------------------------------------------------------------------------------------------- hub models
+
+
+def hub_cache(cache, model):
+    """A model folder as the hub's cache keeps it; returns the folder of its files."""
+    snapshot = cache / "models--org--subject" / "snapshots" / "abc"
+    shutil.copytree(model, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    return snapshot
+
+
+def test_subject_of_the_hub_is_fingerprinted_with_its_weights_or_refused_without(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = hub_cache(tmp_path, folder / "model")
+    config = config_from_dict({"model_name": "org/subject"})
+    assert subject_fingerprint(config) == subject_fingerprint(config_from_dict({"model_name": str(folder / "model")}))
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"cannot load org/subject: .*; fetch it where there is a network \(hf download org/subject\)"):
+        subject_fingerprint(config)

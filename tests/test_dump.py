@@ -359,6 +359,11 @@ def test_a_missing_text_layer_or_model_is_one_line(make_config, tmp_path):
         dump(make_config(pretokenize={"root": str(tmp_path / "none")}))
     with pytest.raises(ConfigError, match="layer_l=4"):
         dump(make_config(layer_l=4))
+    with pytest.raises(ConfigError, match=r"activation_dumper.layers=\[1, 4\]: .*llama has 4 blocks, so each is 0 to 3"):
+        dump(make_config(layers=[1, 4]))
+    with pytest.raises(ConfigError, match=r"activation_dumper.layers=\[-1\] must not hold a negative block; the first is 0"):
+        make_config(layers=[-1])
+    assert not make_config().activation_dir("train").parent.parent.exists()
     with pytest.raises(ConfigError, match="does not exist"):
         dump(make_config(model_name=str(tmp_path / "none")))
 

@@ -192,7 +192,7 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
     with pytest.raises(EngineError, match=r"head\.bias"):
         other.load_state(OptimizerState(tmp_path))
     (tmp_path / "optimizer.safetensors").write_bytes(b"torn")
-    with pytest.raises(EngineError, match="can not be read"):
+    with pytest.raises(EngineError, match="cannot be read"):
         engine.load_state(OptimizerState(tmp_path))
 
 

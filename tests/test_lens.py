@@ -19,7 +19,7 @@ from megalens.ops import native, noise_keys, vocab_log_prob
 from megalens.tiny import make_model
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="the tile version needs a C++ compiler")
-KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mistral"]
+KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mistral", "granite", "cohere"]
 
 
 @pytest.fixture(scope="module")

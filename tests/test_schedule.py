@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megalens.config import LrScheduler, Schedule
-from megalens.schedule import Clock, duration_steps, lr_factor, parse_duration, schedule_value
+from megalens.schedule import Clock, duration_steps, duration_text, lr_factor, parse_duration, schedule_value
 
 CLOCK = Clock(steps_per_epoch=10, steps_per_update=4, total_steps=40)
 
@@ -24,16 +24,25 @@ CLOCK = Clock(steps_per_epoch=10, steps_per_update=4, total_steps=40)
         ("0.25e", 2),
         ("0s", 0),
         (" 5 s ", 5),
+        ("1e3s", 1000),
+        ("1.5e3os", 6000),
+        ("5e-1e", 5),
+        (1e16, 10**16),
     ],
 )
 def test_durations_in_micro_steps(text, steps):
     assert duration_steps(text, CLOCK) == steps
 
 
-@pytest.mark.parametrize("text", ["", "s", "-1s", "5x", "1.5s", "1.5os", "five", "1e3s", None])
+@pytest.mark.parametrize("text", ["", "s", "-1s", "5x", "1.5s", "1.5os", "five", "1e-3s", "9" * 400, "1e999s", None])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match=r"duration|fractional"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("number", [1.0, 3.0, 0.1, 0.00005, 1e6, 1234567.0, 1e16, 2.0**60])
+def test_a_number_made_a_duration_is_read_back_to_the_last_digit(number):
+    assert parse_duration(duration_text(number, "e")) == (number, "e")
 
 
 def test_total_updates_are_whole():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import runpy
 import shutil
-from pathlib import Path
 
 import endure
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from dumps import D, header, make_dump, make_rows
 
+from megalens.commands.verify import main as verify_command
 from megalens.config import ConfigError
 from megalens.data import DataError
 from megalens.data.moments import Moments
@@ -246,19 +245,18 @@ def test_meta_json_is_plain_json(tmp_path):
     assert list(meta)[-1] == "checksum"
 
 
-def test_the_tool_prints_what_is_wrong_and_exits_with_1(tmp_path, capsys):
-    verify_shards = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "verify_shards.py"))["main"]
+def test_the_command_prints_what_is_wrong_and_exits_with_1(tmp_path, capsys):
     make_dump(tmp_path / "good"), make_dump(tmp_path / "bad")
     (tmp_path / "bad/shard-00001.arrow").unlink()
-    assert verify_shards([str(tmp_path / name) for name in ["good", "bad", "none"]]) == 1
+    assert verify_command([str(tmp_path / name) for name in ["good", "bad", "none"]]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "WRONG", "WRONG"]
     assert "250 rows in 3 shards" in lines[0]
     assert "shard-00001.arrow is missing" in lines[1]
-    assert verify_shards([str(tmp_path / "good")]) == 0
-    assert verify_shards(["--all", str(tmp_path)]) == 1
+    assert verify_command([str(tmp_path / "good")]) == 0
+    assert verify_command(["--all", str(tmp_path)]) == 1
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "WRONG", "ok"]
     with pytest.raises(ConfigError, match="name the folders"):
-        verify_shards([])
-    with pytest.raises(ConfigError, match="no dump below"):
-        verify_shards(["--all", str(tmp_path / "none")])
+        verify_command([])
+    with pytest.raises(DataError, match="no dump below"):
+        verify_command(["--all", str(tmp_path / "none")])

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from megalens.sweep import SweepError
 from megalens.sweep.file import Halving, Range, read_sweep
+from megalens.sweep.search import Search
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # W&B's package is written for an older pydantic
@@ -16,6 +17,8 @@ with warnings.catch_warnings():
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 CONFIG = "config: {value: conf/tiny.yaml}"
 GRID = f"{{program: megalens/train.py, method: grid, parameters: {{%s, {CONFIG}}}}}"
+COMMAND = f"{{program: megalens/train.py, method: grid, command: %s, parameters: {{t_text: {{values: [4]}}, {CONFIG}}}}}"
+RANDOM = GRID.replace("grid", "random")
 PRINTED = {  # the blocks that the design document prints, but for program:
     "grid": """
 method: grid
@@ -111,6 +114,23 @@ def test_nested_parameters_and_whole_numbers(tmp_path):
     assert read(tmp_path, text).ranges == {"lora.r": Range(2, 8, whole=True)}
 
 
+@pytest.mark.parametrize(
+    "command", ["['${interpreter}', '${program}', '${args_no_hyphens}']", "[env, 'A=${envvar:HOME}', sh, '${args}', 1]"]
+)
+def test_other_commands_are_taken(tmp_path, command):
+    assert read(tmp_path, COMMAND % command).command
+
+
+def test_a_key_of_whole_numbers_is_drawn_in_whole_steps(tmp_path):
+    sweep = read(tmp_path, RANDOM % "batch_size: {distribution: q_uniform, min: 8, max: 32, q: 8}")
+    assert sweep.ranges == {"batch_size": Range(8, 32, whole=True, step=8)}
+    search = Search(sweep, tmp_path / "search", count=12)
+    drawn = {search.claim().point["batch_size"] for _ in range(12)}
+    assert drawn <= {8, 16, 24, 32}
+    assert len(drawn) > 1
+    assert all(isinstance(size, int) for size in drawn)
+
+
 REFUSED = {
     "parameters: {": "is no valid YAML",
     "method: grid": "a sweep has method:, program:, metric: and parameters:",
@@ -126,6 +146,26 @@ REFUSED = {
     GRID.replace("grid", "random, metric: {name: x}") % "learning_rate: {min: 1.0, max: 2.0, distribution: normal}": "not known offline",
     GRID.replace("grid", "random, metric: {name: x}, early_terminate: {type: hyperband}")
     % "t_text: {values: [4]}": "early_terminate.min_iter",
+    COMMAND % "'${env} ${interpreter} ${program} ${args}'": "command: is a list of text and macros, e.g. [${env}, ${interpreter}",
+    COMMAND % "{a: b}": "command: is a list of text and macros",
+    COMMAND % "[]": "command: is a list of text and macros",
+    COMMAND % "['${interpreter}', '${program}', '${argz}']": "command: '${argz}' is no macro that runs here; there are: ${env}",
+    COMMAND % "['${interpreter}', '${program}', '${args_json}']": "command: '${args_json}' is no macro that runs here",
+    COMMAND % "['${interpreter}', '--x=${args}']": "command: '--x=${args}' is no macro that runs here",
+    COMMAND % "[python, '${program}']": "command: hands no settings to the trial; add ${args} or ${args_no_hyphens}",
+    RANDOM % "learning_rate: {distribution: q_uniform, min: 0.001, max: 0.01, q: 0}": "learning_rate.q: 0 must be a number greater than 0",
+    RANDOM % "learning_rate: {distribution: q_uniform, min: 0.001, max: 0.01, q: -1}": "learning_rate.q: -1 must be a number",
+    RANDOM % "learning_rate: {distribution: q_uniform, min: 0.001, max: 0.01, q: 1e-3}": "1.0e-3, not 1e-3, in YAML",
+    RANDOM % "learning_rate: {distribution: log_uniform, min: 1, max: 1000}": "learning_rate: log_uniform takes logarithms; write",
+    RANDOM % "learning_rate: {distribution: log_uniform, min: -1000, max: 1}": "must be greater than 0",
+    RANDOM % "t_text: {distribution: int_uniform, min: 8.5, max: 12.5}": "t_text: int_uniform needs whole min: and max:, not 8.5 and 12.5",
+    RANDOM % "batch_size: {distribution: uniform, min: 8, max: 32}": "batch_size: takes whole numbers only; write",
+    RANDOM % "batch_size: {distribution: log_uniform_values, min: 8, max: 32}": "batch_size: takes whole numbers only",
+    RANDOM % "batch_size: {distribution: q_uniform, min: 8, max: 32, q: 0.5}": "batch_size: takes whole numbers only",
+    GRID % "wandb.project: {value: 2026-01-01}": "wandb.project: YAML reads 2026-01-01 as a date; write it in quotes",
+    GRID % "wandb.project: {values: [a, 2026-01-01 10:00:00]}": "as a datetime; write it in quotes",
+    GRID.replace("grid", "grid, metric: {name: val_loss}") % "t_text: {values: [4]}": "metric.name: val_loss is no figure of a training",
+    GRID.replace("grid", "grid, metric: {name: 3}") % "t_text: {values: [4]}": "metric.name: 3 must be text",
     GRID % "activation_dumper.seq_len: {values: [16, 32]}": "activation_dumper.seq_len changes the dump that all trials share",
 }
 

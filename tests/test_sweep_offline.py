@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from megalens.commands import sweep as sweep_command
 from megalens.config import load_config
+from megalens.schedule import parse_duration
 from megalens.sweep import SweepError
 from megalens.sweep.file import read_sweep
 from megalens.sweep.offline import Workers, visible_gpus
@@ -173,12 +174,34 @@ def test_when_every_trial_fails_it_stops_with_their_error(sweep_file):
         at_work.run()
 
 
-def test_a_metric_that_is_not_logged_is_named(sweep_file):
-    file = sweep_file("t_text: {values: [3]}")
+def test_a_metric_that_no_trial_measures_ends_the_sweep_with_those_that_are(sweep_file):
+    file = sweep_file("t_text: {values: [3, 4]}")
     file.write_text(file.read_text().replace("val/loss", "val/los"))
     search, at_work = workers(file)
-    at_work.run()
-    assert search.trials()[0].user_attrs["error"] == "val/los is not among its figures, or is not finite"
+    with pytest.raises(SweepError, match=r"metric\.name: val/los is not among the figures that trial 0 logs \(val/loss\); mend"):
+        at_work.run()
+    assert len(search.trials()) == 1
+
+
+def test_a_training_that_does_not_measure_the_metric_is_stopped_before_its_end(sweep_file, dumped_checkout, monkeypatch):
+    waits = STAND_IN.replace("shown = [last", "file.close()\ntime.sleep(300)\nshown = [last")
+    file = sweep_file("t_text: {values: [3]}")
+    (dumped_checkout / "stand_in.py").write_text(waits)
+    file.write_text(file.read_text().replace("val/loss", "val/los"))
+    _, at_work = workers(file)
+    with pytest.raises(SweepError, match="val/los is not among the figures"):
+        at_work.run()
+    assert not Path("outputs/sweep-000/started").exists()
+
+
+def test_looks_at_large_numbers_of_steps_are_exact(sweep_file):
+    more = "early_terminate: {type: hyperband, min_iter: 4, eta: 2}"
+    file = sweep_file("t_text: {values: [3]}", "random", more=more)
+    file.write_text(file.read_text().replace("validation.interval: {value: 1s}", "validation.interval: {value: 308643s}"))
+    search, at_work = workers(file, count=1)
+    looks = at_work._looks(search.claim())
+    assert [next(looks) for _ in range(3)] == [(4, "1234572s"), (8, "2469144s"), (16, "4938288s")]
+    assert all(parse_duration(until)[0] % 308643 == 0 for _, until in [next(looks)])
 
 
 def test_a_stopped_sweep_leaves_its_trial_and_the_same_command_goes_on(sweep_file, monkeypatch):

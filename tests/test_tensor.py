@@ -60,9 +60,9 @@ def test_backward_sums_no_more_often_than_forward(sliced, kind):
     assert 0 < backward <= forward
 
 
-def test_model_that_can_not_be_sliced_is_refused(tmp_path):
+def test_model_that_cannot_be_sliced_is_refused(tmp_path):
     for kind, message in {
-        "gpt2": "models of type 'gpt2' can not be sliced",
+        "gpt2": "models of type 'gpt2' cannot be sliced",
         "llama": "must divide the model's 4 .* and 2 key-value heads",
     }.items():
         config = Config(model_name=str(make_model(tmp_path / kind, kind)), layer_l=1, device="cpu")
@@ -74,7 +74,7 @@ def test_plan_that_leaves_a_layer_whole_beside_sliced_ones_is_refused(tmp_path):
     lm = load_subject(Config(model_name=str(make_model(tmp_path / "llama")), layer_l=1, device="cpu")).lm
     assert set(lm.slicing(2).values()) == {"colwise", "rowwise"}
     lm.config.base_model_tp_plan = {path: kind for path, kind in lm.config.base_model_tp_plan.items() if not path.endswith("up_proj")}
-    with pytest.raises(ConfigError, match="models of type 'llama' can not be sliced"):
+    with pytest.raises(ConfigError, match="models of type 'llama' cannot be sliced"):
         lm.slicing(2)
 
 

@@ -139,6 +139,7 @@ def _check_loss(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     dump = config.activation_dumper
+    _require(min(dump.layers, default=0) >= 0, f"activation_dumper.layers={dump.layers} must not hold a negative block; the first is 0")
     _require(
         dump.min_pos < dump.seq_len,
         f"activation_dumper.min_pos={dump.min_pos} leaves no position in sequences of activation_dumper.seq_len={dump.seq_len}",

@@ -156,7 +156,6 @@ class ActivationDumper:
     encoding: str = setting(
         "bf16_planes",
         "bf16 | bf16_planes (high and low bytes apart; compresses better) | int8 (lossy, about 0.9 bytes a value) | fp32",
-        ("bf16", "bf16_planes", "int8", "fp32"),
     )
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megalens.config import Config
 from megalens.data import DataError
-from megalens.data.encoding import bytes_per_value
+from megalens.data.encoding import encoding_of
 from megalens.data.identity import dump_identity, first_difference
 from megalens.data.pretokenize import load_tokens, vocab_size
 from megalens.data.sampling import RowOrder, Rows
@@ -50,6 +50,7 @@ def dump(config: Config) -> None:
     Raises:
         DataError: no pretokenized text, fewer rows than asked for, a finished dump of other settings is in the way, a full disk.
     """
+    encoding_of(config.activation_dumper.encoding)  # refused before anything is loaded
     called = time.time()
     layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
     splits = [split for split in SPLITS if split == "val" or not config.on_the_fly]
@@ -57,7 +58,7 @@ def dump(config: Config) -> None:
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
-    check_model(layers[-1])
+    check_model(config)
     orders, tokens = {}, {}
     for split in todo:
         tokens[split] = load_tokens(config, split)
@@ -85,7 +86,7 @@ def check(config: Config, split: str) -> str | None:
         return str(error)
     if difference := first_difference(meta, dump_identity(config, split, source_may_be_gone=True)):
         return f"the dump in {folder} has {difference}"
-    if meta["encoding"].removesuffix("_planes") != want.encoding.removesuffix("_planes"):
+    if encoding_of(meta["encoding"]).values != encoding_of(want.encoding).values:
         return f"the dump in {folder} has another precision (encoding: {meta['encoding']} there, {want.encoding} now)"
     rows = meta.get("rows_available") if _asked(config, split) is None else _asked(config, split)
     if meta["rows"] != rows:
@@ -177,7 +178,7 @@ def _check_space(writers: list[ShardWriter]) -> None:
     for writer in writers:
         head = writer.header
         context = (head["seq_len"] + head["min_pos"]) / 2 * (2 if head["token_type"] == "uint16" else 4)
-        size = head["rows"] * (head["d"] * bytes_per_value(head["encoding"]) + context)
+        size = head["rows"] * (head["d"] * encoding_of(head["encoding"]).bytes_per_value + context)
         rows = f"{head['rows']:,} rows of width {head['d']} in {writer.num_shards:,} shards"
         say(f"{head['split']}: {rows}, about {_size(size)}, to {writer.folder}")
         needed += size * (1 - writer.rows_written() / head["rows"])

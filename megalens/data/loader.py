@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megalens.data import DataError
+from megalens.data.encoding import encoding_of
 from megalens.data.order import FolderOrder, Mixture
 from megalens.data.shards import ShardReader
 
@@ -314,7 +315,7 @@ class _Windows:
 
 def window_bytes_of(meta: dict, batches: int) -> int:
     """Memory that so many record batches of a dump take in a window, bytes."""
-    row_bytes = meta["d"] * (4 if meta["encoding"] in ("fp32", "int8") else 2) + 4 * meta["seq_len"]
+    row_bytes = meta["d"] * encoding_of(meta["encoding"]).decoded.itemsize + 4 * meta["seq_len"]
     return row_bytes * meta["rows_per_batch"] * batches
 
 

@@ -26,7 +26,7 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer k
 
 
 class EngineError(ValueError):
-    """The training can not be run as asked. The message is one line and names the mend."""
+    """The training cannot be run as asked. The message is one line and names the mend."""
 
 
 @dataclass

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from megalens.config import Config, ConfigError
+from megalens.device import materialise, resolve_dtype
+from megalens.families.causal_lm import CausalLM
+from megalens.families.registry import attention_of
+from megalens.families.self_check import check_layout
+from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, wrong_shape
 
 
 def load_tokenizer(config: Config):
@@ -66,30 +77,145 @@ def check_model(config: Config):
     """The model's settings, read without its weights.
 
     Raises:
-        ConfigError: no such model, or ``layer_l`` is not a block of it.
+        ConfigError: no such model, or ``layer_l`` or one of ``activation_dumper.layers`` is not a block of it.
     """
     settings = from_pretrained(transformers.AutoConfig, config)
-    blocks = settings.num_hidden_layers
+    blocks, layers = settings.get_text_config().num_hidden_layers, config.activation_dumper.layers
     if config.layer_l >= blocks:
         raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
+    if max(layers, default=0) >= blocks:
+        raise ConfigError(f"activation_dumper.layers={layers}: {config.model_name} has {blocks} blocks, so each is 0 to {blocks - 1}")
     return settings
 
 
+def load_model(config: Config, settings) -> PreTrainedModel:
+    """A model with all its weights, on the CPU.
+
+    Args:
+        settings: its configuration, of :func:`check_model`.
+
+    Raises:
+        ConfigError: its files are missing or damaged, lack a weight, or hold one of another shape.
+    """
+    name = config.model_name
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
+    options = model_options(config, settings)
+    model, found = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **report, **options)
+    for parameter, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ConfigError(wrong_shape(name, parameter, tuple(stored), tuple(wanted)))
+    if missing := found["missing_keys"]:
+        first = next((key for key in model.state_dict() if key in missing), min(missing))
+        count = "the weight" if len(missing) == 1 else f"{len(missing)} weights, the first of them"
+        raise ConfigError(f"{name} lacks {count} {first}, where random numbers would stand; fetch the model anew")
+    return model
+
+
+def load_without_blocks(config: Config, settings, device: torch.device) -> tuple[CausalLM, WeightFiles]:
+    """A model whose blocks are on the meta device, all else on ``device``; and the files that hold the blocks' weights.
+
+    Args:
+        settings: its configuration, of :func:`check_model`.
+
+    Raises:
+        ConfigError: the walk differs from the model's own forward (on a tiny model of these settings, since the weights are not here),
+            or its files are missing, damaged or quantised.
+    """
+    from accelerate import init_empty_weights  # imports much, DeepSpeed among it
+
+    if getattr(settings, "quantization_config", None):
+        raise ConfigError(
+            f"{config.model_name} is quantised, which engines that shard the model cannot read; name the model it was made of"
+        )
+    check_layout(settings, config.trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        options = model_options(config, settings)
+        model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
+    model.tie_weights()
+    lm, files = CausalLM(model), WeightFiles(config.model_name, model)
+    in_blocks = {parameter for block in lm.blocks for parameter in block.parameters()}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter not in in_blocks:
+            materialise(parameter, files.read(parameter_name), device)
+    for module in model.modules():
+        module._buffers = {key: value.to(device) for key, value in module._buffers.items()}
+    return lm, files
+
+
+def model_options(config: Config, settings) -> dict:
+    """How transformers builds the model: in which dtype, with which attention."""
+    return {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention_of(settings)}
+
+
 def from_pretrained(factory, settings: Config, name: str | None = None, **options):
+    """What a class of transformers (``AutoConfig`` and its like) reads from ``name``, by default the subject.
+
+    Raises:
+        ConfigError: it cannot; the message is one line.
+    """
     name = name or settings.model_name
     _check_folder(name)
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()  # a bar over weight tensors tells a user nothing
     try:
-        return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        mend = "" if Path(name).is_dir() else f"; fetch it where there is a network (hf download {name}) or name a local folder"
-        raise ConfigError(f"can not load {name}: {reason.removesuffix('.')}{mend}") from None
+        with _quiet():
+            return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except SafetensorError as error:
+        raise ConfigError(_damaged_weights(name, str(error))) from None
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(_why_not(factory, name, error)) from None
+
+
+def _why_not(factory, name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().removesuffix(".")
+    if reason.startswith("Couldn't instantiate the backend tokenizer"):
+        files = "tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"
+        return f"{name} has no tokenizer files ({files}); copy them there, or set tokenizer_name to a model with the same tokenizer"
+    if isinstance(error, json.JSONDecodeError) and (bad := _bad_json(name)):
+        return f"{bad} is no valid JSON: it is damaged or a pointer of Git LFS; fetch it anew"
+    if isinstance(error, OSError) and SAFE_WEIGHTS_NAME in reason:
+        return no_safetensors(name)
+    mend = "" if Path(name).is_dir() else f"; fetch it where there is a network (hf download {name}) or name a local folder"
+    return f"cannot load {name}: {reason}{mend}"
+
+
+def _damaged_weights(name: str, reason: str) -> str:
+    """Name the file of weights that cannot be opened."""
+    config = find_file(name, CONFIG_NAME)
+    for path in sorted(Path(config).parent.glob("*.safetensors")) if config else []:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            return damage_of(path, str(error))
+    return f"cannot load {name}: its weights are damaged ({reason}); fetch them anew"
+
+
+def _bad_json(name: str) -> Path | None:
+    for path in sorted(Path(name).glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return path
+    return None
+
+
+@contextmanager
+def _quiet():
+    """Without transformers' progress bars and its table of weights that did not fit: what matters of it is said in one line."""
+    bars, log = transformers.utils.logging, logging.getLogger("transformers.modeling_utils")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    log.addFilter(_is_no_table)
+    try:
+        yield
     finally:
+        log.removeFilter(_is_no_table)
         if shown:
             bars.enable_progress_bar()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in str(record.msg)
 
 
 def _check_folder(name: str) -> None:

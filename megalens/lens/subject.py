@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from megalens.config import Config
-from megalens.device import resolve_device, resolve_dtype
+from megalens.device import resolve_device
 from megalens.families.adapters import adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
-from megalens.families.loading import check_model, from_pretrained, subject_fingerprint
-from megalens.families.weights import WeightFiles, load_without_blocks
+from megalens.families.loading import check_model, load_model, load_without_blocks, subject_fingerprint
+from megalens.families.self_check import check_walk
+from megalens.families.weights import WeightFiles
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Subject(nn.Module):
         self.lm = lm
         self.layer_l = layer_l
         self.fingerprint = fingerprint
-        self.num_blocks = lm.config.num_hidden_layers
+        self.num_blocks = lm.num_blocks
         self.lm.requires_grad_(False)
         self.eval()
 
@@ -147,19 +147,19 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
         empty_blocks: leave the blocks on the meta device; ``files`` of the subject are where their weights are.
 
     Raises:
-        ConfigError: no such model, or ``layer_l`` is not a block of it.
+        ConfigError: no such model, its files are missing or damaged, ``layer_l`` is not a block of it, or the walk through it differs
+            from its own forward.
     """
     settings, device = check_model(config), resolve_device(config.device)
-    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
-    options = {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention}
     if empty_blocks:
-        lm, files = load_without_blocks(config.model_name, settings, device, trust_remote_code=config.trust_remote_code, **options)
+        lm, files = load_without_blocks(config, settings, device)
         return Subject(lm, config.layer_l, subject_fingerprint(config), files)
-    model = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
-    lm = CausalLM(model)
+    lm = CausalLM(load_model(config, settings))
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
-    return Subject(lm, config.layer_l, subject_fingerprint(config)).to(device)
+    subject = Subject(lm, config.layer_l, subject_fingerprint(config)).to(device)
+    check_walk(lm)
+    return subject
 
 
 def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class Verbalizer(nn.Module):
         self.prompt = PromptEmbedding(torch.cat([embeddings[: self.slot], slot, embeddings[self.slot :]]))
         self.prompt.requires_grad_(options.trainable_prompt)
         self.enters = config.layer_l + 1 if options.inject == "block" else 0
-        self.blocks = lm.config.num_hidden_layers
+        self.blocks = lm.num_blocks
         std_D = var_D.clamp_min(1e-12).sqrt()
         if options.inject == "block":
             offset_D, scale_D = mean_D, std_D
@@ -99,7 +99,7 @@ class Verbalizer(nn.Module):
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
         trained = range(self.enters, self.blocks)
         self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
-        self.own_norm = deepcopy(getattr(lm.base, lm.family.norm)) if options.mode == "full" else None
+        self.own_norm = deepcopy(lm.norm) if options.mode == "full" else None
         self.own.requires_grad_(True)
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
@@ -206,7 +206,7 @@ class Verbalizer(nn.Module):
         return log_prob_N.view(ids_BT.shape)
 
     def _norm(self, hidden: Tensor) -> Tensor:
-        return self.lm.final_norm(hidden) if self.own_norm is None else self.own_norm(hidden)
+        return self.lm.final_norm(hidden, self.own_norm)
 
     def _own(self) -> dict[int, nn.Module]:
         return {int(i): block for i, block in self.own.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megalens import shipped
 from megalens.config import Config, ConfigError
-from megalens.data.encoding import bytes_per_value
+from megalens.data.encoding import encoding_of
 from megalens.planning.footprint import Footprint
 
 
@@ -219,7 +219,7 @@ def samples_of(config: Config, tokens: float) -> float:
 def dump_bytes(config: Config, samples: float, d: int, vocabulary: int) -> float:
     """Bytes of so many rows on the disk, about."""
     dump = config.activation_dumper
-    return samples * (d * bytes_per_value(dump.encoding) + dump.seq_len * (2 if vocabulary <= 2**16 else 4))
+    return samples * (d * encoding_of(dump.encoding).bytes_per_value + dump.seq_len * (2 if vocabulary <= 2**16 else 4))
 
 
 def _zero_options(engine: str):

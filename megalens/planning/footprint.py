@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalens.config import Config, ConfigError
-from megalens.device import resolve_dtype
 from megalens.families.causal_lm import CausalLM
-from megalens.families.loading import check_model, load_tokenizer
+from megalens.families.loading import check_model, load_tokenizer, model_options
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.subject import Subject
 from megalens.objective import TERMS, Objective, Step
@@ -158,10 +157,8 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
         if getattr(settings, "layer_types", None):
             settings.layer_types = (settings.layer_types * sum(depth))[: sum(depth)]
     _slice(settings, config.fsdp.tensor_ranks)
-    attention = "eager" if getattr(settings, "attn_logit_softcapping", None) else "sdpa"
     with torch.device("meta"):
-        dtype = getattr(torch, resolve_dtype(config))
-        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
+        model = transformers.AutoModelForCausalLM.from_config(settings, **model_options(config, settings))
         subject = Subject(CausalLM(model), config.layer_l, "none")
         return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d), Objective(config, TERMS))
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +22,39 @@ from megalens.sweep import SweepError
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # what W&B runs when a file names no command
 METRIC = "train/loss"  # smallest, where a file names none
+_PREFIXES = ("train/", "val/", "perf/")  # of every figure that a training logs
 _LOG = ("log_uniform", "log_uniform_values")
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+_SETTINGS_MACROS = (
+    "args",
+    "args_no_equals",
+    "args_no_hyphens",
+    "args_no_boolean_flags",
+    "args_json",
+    "args_append_hydra",
+    "args_override_hydra",
+)
+_ENVIRONMENT_MACRO = re.compile(r"\$\{envvar:[A-Z0-9_]*\}")
+_WHOLE = "{key}: takes whole numbers only; write distribution: int_uniform, or q_uniform with whole min:, max: and q:"
 _KNOWN = ("constant", "categorical", "uniform", "int_uniform", "q_uniform", *_LOG)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``: whole ones, multiples of ``step``, or even in the logarithm."""
+    """Numbers from ``low`` to ``high``: whole ones, in steps of ``step``, or even in the logarithm."""
 
     low: float
     high: float
     whole: bool = False
     step: float | None = None
     log: bool = False
+
+    def samples(self) -> list[float | int]:
+        """Some of the numbers: the least, the greatest and one between, as a trial gets them."""
+        between = math.sqrt(self.low) * math.sqrt(self.high) if self.log else (self.low + self.high) / 2
+        if self.step is not None:
+            between = min(self.low + self.step, self.high)
+        return [int(number) if self.whole else float(number) for number in (self.low, self.high, between)]
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ def read_sweep(path: Path) -> SweepFile:
     try:
         sweep = _parse(path.stem, content)
         _check_values(sweep)
+        _check_metric(sweep.metric)
     except (SweepError, ConfigError) as error:
         raise SweepError(f"{path}: {error}") from None
     return sweep
@@ -118,9 +141,26 @@ def _parse(name: str, content: Any) -> SweepFile:
         target[key] = found
     cap = content.get("run_cap")
     _require(cap is None or (_is_whole(cap) and cap > 0), f"run_cap: {cap} must be a whole number greater than 0")
-    command = tuple(str(part) for part in content.get("command") or COMMAND)
-    metric = metric.get("name") or METRIC
+    command, metric = _command(content.get("command"), program), metric.get("name") or METRIC
+    _require(isinstance(metric, str), f"metric.name: {metric} must be text, e.g. val/loss")
     return SweepFile(name, program, method, command, metric, goal == "maximize", cap, _halving(stop), fixed, choices, ranges)
+
+
+def _command(parts: Any, program: str) -> tuple[str, ...]:
+    """The command of a trial: text and macros. One of the macros must hand on the trial's settings."""
+    if parts is None:
+        return COMMAND
+    form = f"command: is a list of text and macros, e.g. [{', '.join(COMMAND)}]"
+    _require(isinstance(parts, list) and bool(parts) and all(_is_number(part) or isinstance(part, str) for part in parts), form)
+    ours = Path(program).name in ("train.py", "run_pipeline.py")
+    settings = ("args", "args_no_hyphens") if ours else _SETTINGS_MACROS
+    known = [f"${{{name}}}" for name in ("env", "interpreter", "program", *settings)]
+    for part in map(str, parts):
+        rest = _ENVIRONMENT_MACRO.sub("", part)
+        _require(part in known or "${" not in rest, f"command: '{part}' is no macro that runs here; there are: {', '.join(known)}")
+    handed_on = known[3:]
+    _require(any(part in handed_on for part in parts), f"command: hands no settings to the trial; add {' or '.join(handed_on)}")
+    return tuple(map(str, parts))
 
 
 def _halving(stop: Any) -> Halving | None:
@@ -149,8 +189,10 @@ def _flat(parameters: Any, prefix: str = "") -> Iterator[tuple[str, dict]]:
 def _parameter(key: str, parameter: dict) -> Any:
     """A fixed value, a list of choices or a :class:`Range`."""
     if "value" in parameter:
+        _check_plain(key, parameter["value"])
         return parameter["value"]
     if "values" in parameter:
+        _check_plain(key, parameter["values"])
         _require(isinstance(parameter["values"], list) and bool(parameter["values"]), f"{key}.values: is a list that holds something")
         _require("probabilities" not in parameter, f"{key}.probabilities: offline sweeps draw evenly; run this one under wandb agent")
         return parameter["values"]
@@ -159,17 +201,37 @@ def _parameter(key: str, parameter: dict) -> Any:
     _require(low < high, f"{key}: min: {low} must be less than max: {high}")
     kind = parameter.get("distribution", "int_uniform" if _is_whole(low) and _is_whole(high) else "uniform")
     _require(kind in _KNOWN, f"{key}.distribution: {kind} is not known offline; there are: {', '.join(_KNOWN)}")
+    return _range(key, kind, low, high, parameter.get("q", 1))
+
+
+def _range(key: str, kind: str, low: float, high: float, step: Any) -> Range:
+    whole = _is_whole(low) and _is_whole(high)
     if kind == "log_uniform":
+        _require(high <= _LARGEST_EXPONENT, f"{key}: log_uniform takes logarithms; write distribution: log_uniform_values for values")
         low, high = math.exp(low), math.exp(high)
     _require(kind not in _LOG or low > 0, f"{key}: min: {low} must be greater than 0")
-    return Range(low, high, kind == "int_uniform", parameter.get("q", 1) if kind == "q_uniform" else None, kind in _LOG)
+    _require(kind != "int_uniform" or whole, f"{key}: int_uniform needs whole min: and max:, not {low} and {high}")
+    if kind != "q_uniform":
+        return Range(low, high, whole=kind == "int_uniform", log=kind in _LOG)
+    _require(_is_number(step) and step > 0, f"{key}.q: {step} must be a number greater than 0 (1.0e-3, not 1e-3, in YAML)")
+    return Range(low, high, whole=whole and _is_whole(step), step=step)
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Refuse what YAML reads as anything but text, numbers, truths, null, lists and mappings: above all dates."""
+    for each in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        _check_plain(key, each)
+    is_plain = value is None or isinstance(value, str | int | float | list | dict)
+    _require(is_plain, f"{key}: YAML reads {value} as a {type(value).__name__}; write it in quotes")
 
 
 def _check_values(sweep: SweepFile) -> None:
     """Each value of each parameter, beside the first of the others, must be a setting that is accepted."""
-    ends = {key: [_end(r, r.low), _end(r, r.high)] for key, r in sweep.ranges.items()}
-    values = {**sweep.choices, **ends}
+    values = {**sweep.choices, **{key: numbers.samples() for key, numbers in sweep.ranges.items()}}
     first = {key: options[0] for key, options in values.items()}
+    chosen = {key: first[key] for key in sweep.choices}
+    for key, numbers in sweep.ranges.items():
+        _require(numbers.whole or not _takes_whole_numbers(sweep, chosen, key, numbers), _WHOLE.format(key=key))
     sweep.config(first)
     for key, options in values.items():
         for option in options[1:]:
@@ -182,8 +244,23 @@ def _check_values(sweep: SweepFile) -> None:
         )
 
 
-def _end(numbers: Range, end: float) -> float | int:
-    return int(end) if numbers.whole else end
+def _check_metric(metric: str) -> None:
+    names = " or ".join(_PREFIXES[:2])
+    _require(metric.startswith(_PREFIXES), f"metric.name: {metric} is no figure of a training; names begin with {names}, e.g. val/loss")
+
+
+def _takes_whole_numbers(sweep: SweepFile, point: dict[str, Any], key: str, numbers: Range) -> bool:
+    """Is ``2`` a value of this key, and ``2.0`` none?"""
+    sample = numbers.samples()[1]
+    return _is_accepted(sweep, {**point, key: round(sample)}) and not _is_accepted(sweep, {**point, key: float(sample)})
+
+
+def _is_accepted(sweep: SweepFile, point: dict[str, Any]) -> bool:
+    try:
+        sweep.config(point)
+    except ConfigError:
+        return False
+    return True
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from megalens.data.shards import read_meta
 from megalens.device import resolve_device
 from megalens.evaluate.plots import read_curve
-from megalens.schedule import duration_steps, parse_duration
+from megalens.schedule import duration_steps, duration_text, parse_duration
 from megalens.sweep import SweepError
 from megalens.sweep.file import SweepFile
 from megalens.sweep.search import Claim, Search
@@ -33,6 +33,7 @@ from megalens.training.progress import clock_of
 from megalens.training.ready import check_ready
 from megalens.training.signals import end_with_parent
 
+_GLANCE = 2.0  # seconds between looks at what a new trial logs
 _FAILURES = 3  # so many failed trials and not one that ended: the fault is not the parameters'
 
 
@@ -58,9 +59,7 @@ def check_sweep(sweep: SweepFile) -> None:
 
 def first_point(sweep: SweepFile) -> dict:
     """Some values of the searched keys."""
-    return {key: values[0] for key, values in sweep.choices.items()} | {
-        key: int(numbers.low) if numbers.whole else numbers.low for key, numbers in sweep.ranges.items()
-    }
+    return {key: values[0] for key, values in sweep.choices.items()} | {key: numbers.samples()[0] for key, numbers in sweep.ranges.items()}
 
 
 def run_name(sweep: SweepFile, number: int) -> str:
@@ -158,7 +157,8 @@ class Workers:
                 return TrialState.FAIL, None
             value = self.value(claim)
             if value is None:
-                claim.note("error", f"{self.sweep.metric} is not among its figures, or is not finite")
+                self._check_measured(claim, at_end=True)
+                claim.note("error", f"{self.sweep.metric} is not finite")
                 return TrialState.FAIL, None
             if until and not self._is_at_end(claim, until) and claim.is_hopeless(look, value):
                 return TrialState.PRUNED, value
@@ -177,7 +177,7 @@ class Workers:
         number, unit = parse_duration(interval)
         look = halving.min_iter
         while True:
-            yield look, f"{number * look:g}{unit}"
+            yield look, duration_text(number * look, unit)
             look *= halving.eta
 
     def _is_at_end(self, claim: Claim, until: str) -> bool:
@@ -210,9 +210,44 @@ class Workers:
                 pass_fds=[claim.lock.fileno()],  # the trial is taken until the training, too, is gone
             )
             self._running.add(process)
-        code = process.wait()
-        self._running.discard(process)
-        return code
+        try:
+            return self._await(process, claim)
+        finally:
+            self._running.discard(process)
+
+    def _await(self, process: subprocess.Popen, claim: Claim) -> int:
+        """The exit code of a training. One that does not measure the metric is stopped as soon as that shows.
+
+        Raises:
+            SweepError: it does not.
+        """
+        measured = False
+        while True:
+            try:
+                return process.wait(_GLANCE if not measured else None)
+            except subprocess.TimeoutExpired:
+                try:
+                    measured = self._check_measured(claim)
+                except SweepError:
+                    process.terminate()
+                    process.wait()
+                    raise
+
+    def _check_measured(self, claim: Claim, at_end: bool = False) -> bool:
+        """Is the metric among the figures that a trial has logged? False: none of its kind are there yet.
+
+        Raises:
+            SweepError: others of its kind (``val/...``) are there, or the trial has ended, and it is not.
+        """
+        lines = read_curve(trial_config(self.sweep, claim.number, claim.point).run_dir / "metrics.jsonl")
+        logged, kind = {key for line in lines for key in line}, self.sweep.metric.partition("/")[0]
+        if self.sweep.metric in logged:
+            return True
+        if not at_end and not any(key.startswith(f"{kind}/") for key in logged):
+            return False
+        there = ", ".join(sorted(key for key in logged if "/" in key)) or "none"
+        mend = f"mend metric.name, remove {self.search.folder}, and start again"
+        raise SweepError(f"metric.name: {self.sweep.metric} is not among the figures that trial {claim.number} logs ({there}); {mend}")
 
     def _environment(self, claim: Claim, slot: int) -> dict[str, str]:
         """The trial's W&B run, its share of the GPUs and of the cores."""

@@ -214,5 +214,5 @@ def _equal(point: dict, other: dict) -> bool:
 
 def _numbers(numbers: Range) -> BaseDistribution:
     if numbers.whole:
-        return IntDistribution(int(numbers.low), int(numbers.high))
+        return IntDistribution(int(numbers.low), int(numbers.high), step=int(numbers.step or 1))
     return FloatDistribution(numbers.low, numbers.high, log=numbers.log, step=numbers.step)

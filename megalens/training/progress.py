@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalens.config import Config
-from megalens.schedule import Clock, duration_steps
+from megalens.schedule import Clock, duration_steps, duration_text
 
 
 def first_not_finite(weights: dict[str, Tensor]) -> str | None:
@@ -54,7 +54,7 @@ def clock_of(config: Config, steps_per_epoch: int) -> Clock:
         TrainingError: it is shorter than one optimizer step.
     """
     accumulation = config.gradient_accumulation_steps
-    length = f"{config.num_train_epochs}e" if config.max_train_steps is None else config.max_train_steps
+    length = duration_text(config.num_train_epochs, "e") if config.max_train_steps is None else config.max_train_steps
     total = duration_steps(length, Clock(steps_per_epoch, accumulation, 0)) // accumulation * accumulation
     if total == 0:
         key = "num_train_epochs" if config.max_train_steps is None else "max_train_steps"

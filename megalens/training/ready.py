@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
+from megalens.checkpoint import finished_checkpoints
 from megalens.config import Config, ConfigError
 from megalens.data import dump
 from megalens.data.shards import REDUMP
@@ -48,4 +48,4 @@ def check_ready(config: Config) -> torch.device:
 
 
 def _has_checkpoint(config: Config) -> bool:
-    return config.checkpoint.resume and Path(config.run_dir / "last" / "trainer.json").is_file()
+    return config.checkpoint.resume and bool(finished_checkpoints(config.run_dir / "checkpoints"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megalens.data import DataError
+from megalens.data.encoding import encoding_of
 from megalens.data.identity import first_difference
 from megalens.data.shards.meta import REDUMP, read_meta
 from megalens.data.shards.rows import batch_sizes, decode_rows
@@ -52,7 +53,7 @@ class ShardReader:
         self.mean, self.var, self.mean_normalised = (
             torch.tensor(self.meta[name], dtype=torch.float64).float() for name in ("mean", "variance", "mean_normalised")
         )
-        self._scale_D = np.array(self.meta["int8_scale"], np.float32) if self.meta["encoding"] == "int8" else None
+        self._scale_D = np.array(self.meta["int8_scale"], np.float32) if encoding_of(self.meta["encoding"]).scaled else None
         self._verified: set[int] = set()
         self._begin()
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from megalens.data.encoding import activation_fields, decode_activation, encode_activation
+from megalens.data.encoding import encoding_of
 from megalens.data.shards.meta import FORMAT, VERSION
 
 
@@ -20,7 +20,7 @@ def schema_of(header: dict) -> pa.Schema:
     """The columns of every shard of a dump with this header (:class:`~megalens.data.shards.ShardWriter`)."""
     tokens = {"uint16": pa.uint16(), "int32": pa.int32()}[header["token_type"]]
     fields = [
-        *activation_fields(header["encoding"], header["d"]),
+        *encoding_of(header["encoding"]).fields(header["d"]),
         pa.field("input_ids", pa.list_(tokens), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("layer", pa.int32(), nullable=False),
@@ -37,7 +37,7 @@ def encode_rows(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Sc
     tokens = ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]].astype(header["token_type"])
     offsets = np.concatenate([[0], np.cumsum(position_N + 1)]).astype(np.int32)
     columns = [
-        *encode_activation(rows["activation"], header["encoding"], scale_D),
+        *encoding_of(header["encoding"]).encode(rows["activation"], scale_D),
         pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
         pa.array(position_N.astype(np.int32)),
         pa.array(np.full(count, header["layer"], np.int32)),
@@ -54,7 +54,7 @@ def decode_rows(record: pa.RecordBatch, meta: dict, scale_D: np.ndarray | None) 
     ids_NC = np.zeros((len(record), meta["seq_len"]), np.int32)
     ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]] = record["input_ids"].flatten().to_numpy()
     return {
-        "activation": decode_activation(record, meta["encoding"], scale_D),
+        "activation": encoding_of(meta["encoding"]).decode(record, scale_D),
         "input_ids": torch.from_numpy(ids_NC),
         "position": torch.from_numpy(position_N),
         "doc_id": torch.tensor(record["doc_id"].to_numpy()),

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from megalens.data import DataError
-from megalens.data.encoding import decode_activation
+from megalens.data.encoding import encoding_of
 from megalens.data.moments import Moments
 from megalens.data.shards.meta import FORMAT, VERSION, one_key_per_line, render_meta
 from megalens.data.shards.rows import encode_rows, schema_of
@@ -43,6 +42,7 @@ class ShardWriter:
     def __init__(self, folder: str | Path, header: dict):
         self.folder, self.work = Path(folder), Path(folder) / ".work"
         self.header = {"format": FORMAT, "format_version": VERSION, **header}
+        self.encoding = encoding_of(header["encoding"])
         self.schema = schema_of(self.header)
         self._scale_D: np.ndarray | None = None
 
@@ -89,12 +89,12 @@ class ShardWriter:
         return lock
 
     def calibrate(self, read: Callable[[], Tensor]) -> None:
-        """For ``int8``: agree with all other writers on the scale of each dimension; to be called before :meth:`write`.
+        """For encodings with a scale: agree with all other writers on the scale of each dimension; to be called before :meth:`write`.
 
         Args:
             read: gives activations ``[N, d]``; called by the first writer alone. The scale is their standard deviation.
         """
-        if self.header["encoding"] != "int8" or self._scale_D is not None:
+        if not self.encoding.scaled or self._scale_D is not None:
             return
         path = self.work / "scale.json"
         try:
@@ -141,11 +141,11 @@ class ShardWriter:
             with pa.PythonFile(file, "w") as sink, pa.ipc.new_file(sink, self.schema, options=options) as writer:
                 for first in range(0, len(numbers), self.header["rows_per_batch"]):
                     part = {name: value[first : first + self.header["rows_per_batch"]] for name, value in rows.items()}
-                    if not part["activation"].to(_kept_precision(self.header["encoding"])).isfinite().all():
+                    if not part["activation"].to(self.encoding.decoded).isfinite().all():
                         raise DataError(f"activations of layer {self.header['layer']} hold NaN or infinity; try dtype=fp32")
                     record = encode_rows(part, numbers[first], self.header, self.schema, self._scale_D)
                     writer.write_batch(record)
-                    stored = decode_activation(record, self.header["encoding"], self._scale_D)
+                    stored = self.encoding.decode(record, self._scale_D)
                     if self._scale_D is not None:
                         error_ND = (stored - part["activation"].float()).double().numpy()
                         lost += [(error_ND**2).sum(), ((error_ND / self._scale_D) ** 2).sum()]
@@ -161,7 +161,7 @@ class ShardWriter:
         with _folder_lock(self.folder):
             if not (self.folder / "meta.json").exists():
                 records = [json.loads((self.work / f"{i:05d}.json").read_text()) for i in range(self.num_shards)]
-                scale = json.loads((self.work / "scale.json").read_text()) if self.header["encoding"] == "int8" else None
+                scale = json.loads((self.work / "scale.json").read_text()) if self.encoding.scaled else None
                 meta = {**self.header, **_summary(records, scale)}
                 with new_file(self.folder / "meta.json", self.work) as file:
                     file.write(render_meta(meta).encode())
@@ -170,7 +170,7 @@ class ShardWriter:
 
 
 def _summary(records: list[dict], scale: list[float] | None) -> dict:
-    """What ``meta.json`` adds to the header: the shards, the statistics, and with ``int8`` what rounding cost."""
+    """What ``meta.json`` adds to the header: the shards, the statistics, and, of an encoding with a scale, what rounding cost."""
     moments = Moments.from_json(records[0]["moments"])
     for record in records[1:]:
         moments = moments + Moments.from_json(record["moments"])
@@ -221,7 +221,3 @@ def _leftovers(folder: Path) -> list[Path]:
 def _remove(paths: list[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _kept_precision(encoding: str) -> torch.dtype:
-    return torch.bfloat16 if encoding.startswith("bf16") else torch.float32

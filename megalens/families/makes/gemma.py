@@ -1,0 +1,28 @@
+"""Gemma: embeddings scaled by their own module, soft-capped logits (2), one rotary embedding per kind of attention (3)."""
+
+from torch import Tensor
+
+from megalens.families.protocol import Family
+from megalens.families.registry import register
+
+
+@register("gemma", "gemma2", "vaultgemma")
+class Gemma(Family):
+    """Gemma 1 and 2, and VaultGemma."""
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """sqrt(D), rounded as the embedding rounds it when it multiplies."""
+        return self.embedding.embed_scale
+
+    @property
+    def softcap(self) -> float | None:
+        """Gemma 2's cap of the logits."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+
+@register("gemma3_text", "gemma4_unified_text")
+class Gemma3(Gemma):
+    """The text models of Gemma 3 and of the unified Gemma 4."""
+
+    rotary_per_kind = True

@@ -1,0 +1,17 @@
+"""GPT-2: parts under names of its own, learned positions, no rotary embedding."""
+
+from torch import Tensor
+
+from megalens.families.protocol import Family
+from megalens.families.registry import register
+
+
+@register("gpt2")
+class GPT2(Family):
+    """GPT-2 and its relatives (DistilGPT-2, GPT-SW3)."""
+
+    blocks_name, embedding_name, norm_name = "h", "wte", "ln_f"
+
+    def enter(self, embeds_BSD: Tensor, positions: Tensor) -> Tensor:
+        """Adds the learned embedding of each position."""
+        return embeds_BSD + self.base.wpe(positions)

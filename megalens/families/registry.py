@@ -1,0 +1,50 @@
+"""Which make a model is of, by the ``model_type`` of its configuration."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from megalens.families import makes
+from megalens.families.protocol import Family
+
+_families: dict[str, type[Family]] = {}
+
+
+def register(*model_types: str):
+    """Class decorator: models of these types are of the decorated make.
+
+    Raises:
+        ValueError: one of the types has a make already.
+    """
+
+    def add(family: type[Family]) -> type[Family]:
+        taken = [name for name in model_types if name in _families]
+        if taken:
+            raise ValueError(f"model type '{taken[0]}' is registered already, as {_families[taken[0]].__name__}")
+        _families.update(dict.fromkeys(model_types, family))
+        return family
+
+    return add
+
+
+def family_of(config) -> type[Family]:
+    """The make of models with a transformers configuration; types that nobody registered are taken for Llama's kin.
+
+    Whether that is true, the check at load decides (:mod:`megalens.families.self_check`).
+    """
+    _find_makes()
+    return _families.get(config.get_text_config().model_type, Family)
+
+
+def attention_of(config) -> str:
+    """The attention function to build a model of this configuration with, transformers' ``attn_implementation``."""
+    return family_of(config).attention(config.get_text_config())
+
+
+@cache
+def _find_makes() -> None:
+    """Import every file of ``makes/``: each registers itself."""
+    for module in pkgutil.iter_modules(makes.__path__, f"{makes.__name__}."):
+        importlib.import_module(module.name)
