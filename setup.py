@@ -12,13 +12,13 @@ HERE = Path(__file__).parent
 REQUIRED = [
     "torch>=2.11,<3",  # tensors, autograd, compile, distributed
     "transformers>=5.20,<6",  # the subjects: every causal LM comes from here
-    "tokenizers>=0.22,<1",  # byte-level BPE of the tiny models
-    "safetensors>=0.6,<1",  # weights on disk, read without executing them
+    "tokenizers>=0.23.1,<1",  # byte-level BPE of the tiny models
+    "safetensors>=0.8,<1",  # weights on disk, read without executing them
     "datasets>=5,<6",  # text from the hub or local files; pretokenized corpora
     "pyarrow>=21",  # activation shards: Arrow IPC with zstd, memory-mapped
     "numpy>=2,<3",  # row-wise metrics and shard planes
     "omegaconf>=2.4,<3",  # typed configuration merged from files and arguments
-    "tqdm>=4.66,<5",  # progress bars
+    "tqdm>=4.66.3,<5",  # progress bars
     "fsspec>=2025.3",  # dumps on remote disks (datasets pins it further)
     "zstandard>=0.23,<1",  # compressed corpora, read as streams
     "xxhash>=3.5",  # checksums of shards and fingerprints
@@ -28,7 +28,7 @@ REQUIRED = [
 ]
 DEEPSPEED = [
     "deepspeed>=0.19,<1",  # ZeRO 0-3 and offload
-    "ninja>=1.11",  # builds DeepSpeed's CPU collective and optimizer on first use
+    "ninja>=1.11.1",  # builds DeepSpeed's CPU collective and optimizer on first use
 ]
 DEMO = [
     "gguf>=0.17,<1",  # reads the packaged SmolLM2 weights
@@ -38,14 +38,14 @@ SWEEPS = [
     "scipy>=1.15,<2",  # Optuna's Gaussian process
 ]
 TRITON = [
-    "triton>=3.5,<4; platform_system=='Linux'",  # GPU kernels; their tests need it on a CPU too (interpreter, ahead-of-time compiler)
+    "triton>=3.6,<4; platform_system=='Linux'",  # GPU kernels; their tests need it on a CPU too (interpreter, ahead-of-time compiler)
 ]
 DEV = [
     "pytest>=9,<10",  # the tests
     "pytest-xdist>=3.8,<4",  # one test process per core
     "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
     "import-linter>=2.17,<3",  # rooms import only what lies below them
-    "mypy>=2.4,<3",  # types
+    "mypy>=2.4,<3",  # types of the package
     "sweeps>=0.2,<0.3",  # W&B's own schema of sweep files; 0.3 wants NumPy 1
 ]
 

@@ -32,9 +32,50 @@ def allocated_by(action) -> int:
     return peak
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Files whose tests start trainings, launchers, clusters or compilers: `make quick` leaves them out.
+SLOW = {
+    "api",
+    "baselines",
+    "engine",
+    "explain",
+    "failure",
+    "memory_ranks",
+    "ops_tile",
+    "ops_triton",
+    "parity",
+    "pipeline",
+    "plan",
+    "prepare_demo",
+    "readme",
+    "report",
+    "slurm",
+    "sweep_offline",
+    "sweep_search",
+    "tensor",
+    "train",
+    "trainer",
+    "wandb_agent",
+    "watchdog",
+    "wheel",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out the files in SLOW and what has the marker minutes")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import the slow files."""
+    return True if config.getoption("--quick") and collection_path.stem.removeprefix("test_") in SLOW else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start with what takes minutes, or the other processes wait for it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("minutes")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

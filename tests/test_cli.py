@@ -18,7 +18,7 @@ from megalens.cli import run
 from megalens.config import ConfigError
 from megalens.data import DataError
 
-NO_COMMANDS = ("check_machine.py", "eval.py", "explain.py", "plan.py")
+NO_COMMANDS = ("check_machine.py", "eval.py", "explain.py")
 SCRIPTS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name not in NO_COMMANDS)
 
 

@@ -8,11 +8,12 @@ import torch
 from conftest import ROOT, allocated_by
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalens.commands import plan as command
 from megalens.config import ConfigError, Fsdp, load_config
 from megalens.engine.local import LocalEngine
 from megalens.objective import build_lens
 from megalens.ops import gumbel_embed, gumbel_tile, kl_tile, log_prob_tile, native, vocab_divergences, vocab_log_prob
-from megalens.planning import command
+from megalens.planning import report
 from megalens.planning.fit import ENGINES, GPU, choose, need
 from megalens.planning.flops import FLOPS
 from megalens.planning.footprint import footprint, meta_lens, take_step
@@ -163,10 +164,10 @@ def test_ranks_of_a_node_slice_the_blocks_and_share_their_samples(full):
 
 def test_heads_that_can_not_be_shared_are_no_slices(objective, monkeypatch):
     config = load_config(objective)
-    monkeypatch.setattr(command, "footprint", meta_lens)
-    assert sorted(command.footprints(config, 2)) == [1, 2]
-    assert sorted(command.footprints(config, 6)) == [1, 2]
-    assert sorted(command.footprints(config, 3)) == [1]
+    monkeypatch.setattr(report, "footprint", meta_lens)
+    assert sorted(report.footprints(config, 2)) == [1, 2]
+    assert sorted(report.footprints(config, 6)) == [1, 2]
+    assert sorted(report.footprints(config, 3)) == [1]
 
 
 def test_the_command_prints_a_plan_or_what_does_not_fit(checkout, capsys):
@@ -174,7 +175,17 @@ def test_the_command_prints_a_plan_or_what_does_not_fit(checkout, capsys):
     said = capsys.readouterr().out
     assert "engine: local (torchrun)" in said
     assert "62,500 activations" in said  # two of each 32 tokens
-    with pytest.raises(ConfigError, match="gpu=h800 must be one of"):
-        command.main([*OBJECTIVE, "gpu=h800"])
-    with pytest.raises(ConfigError, match="nodes=none must be a number"):
-        command.main([*OBJECTIVE, "nodes=none"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("gpu=h800", "gpu: invalid choice: 'h800' .choose from 'a100-40g'"),
+        ("nodes=none", "nodes: none must be a whole number of 1 or more"),
+        ("nodez=2", "unknown key 'nodez' in the command line; did you mean 'nodes'"),
+        ("tables", "invalid choice: 'tables'"),
+    ],
+)
+def test_a_wrong_line_is_answered_with_the_mend(checkout, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        command.main([*OBJECTIVE, wrong])

@@ -5,8 +5,11 @@ import re
 import sys
 
 import check_machine
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+import megalens
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 LINES = re.findall(r'^    "([\w.-]+[<>=].*?)",(.*)$', SETUP, flags=re.MULTILINE)
@@ -53,3 +56,20 @@ def test_a_missing_compiler_is_named_with_its_mend(monkeypatch):
 def test_an_old_python_is_named_with_its_mend(monkeypatch):
     monkeypatch.setattr(check_machine.sys, "version_info", (3, 9, 1))
     assert check_machine.missing().startswith("Python 3.11 or newer is needed, this is 3.9; name one: make PYTHON=")
+
+
+def test_the_oldest_versions_are_the_lower_bounds_that_are_promised():
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    bounds = {name: next(spec.version for spec in each.specifier if spec.operator == ">=") for name, each in REQUIREMENTS.items()}
+    assert {name: bound for name, bound in bounds.items() if Version(oldest[name]) != Version(bound)} == {}
+
+
+def test_the_version_stands_in_one_place():
+    assert f'__version__ = "{megalens.__version__}"' in (ROOT / "megalens" / "__init__.py").read_text()
+    assert megalens.__version__ not in SETUP
+    assert f"## [{megalens.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_quick_leaves_out_is_there():
+    assert [name for name in SLOW if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []

@@ -32,15 +32,6 @@ def _draw_backward(grads, inputs, bias, saved, tau_and_noise, softcap, weights, 
     return (2 * again if weights else again) + 2 * _head(hidden, out_weight)
 
 
-def _log_prob(hidden, weight, *_, **__) -> int:
-    return _head(hidden, weight)
-
-
-def _log_prob_backward(grads, hidden, weight, ids, bias, found, softcap, wanted, *_, **__) -> int:
-    """The logits again, and a product for the gradient of the hidden states and for that of the weight."""
-    return _head(hidden, weight) * (1 + sum(wanted[:2]))
-
-
 def _divergences(p_hidden, q_hidden, p_weight, q_weight, *_, **__) -> int:
     return _head(p_hidden, p_weight) + _head(q_hidden, q_weight)
 

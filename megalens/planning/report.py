@@ -1,49 +1,40 @@
-"""What ``tools/plan.py`` does: read a configuration and a cluster, and print what the training will need."""
+"""What a training will need, in words: for one configuration and cluster, and as the tables of docs/scale.md."""
 
 from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
 
+from megalens import shipped
 from megalens.config import Config, ConfigError, Fsdp, load_config
 from megalens.families.loading import check_model
 from megalens.planning.fit import GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
 from megalens.planning.footprint import Footprint, footprint
 
 GB = 1e9
-DEFAULTS = {"nodes": "1", "gpus_per_node": "8", "gpu": "h100-80g", "tokens": "1e9"}
 OBJECTIVE = ["kl_base_weight=0.1", "lm_base_weight=0.1", "t_text=8", "dtype=bf16", "batch_size=1024", "activation_dumper.seq_len=256"]
 TABLE = [("llama-7b", 21, 1), ("llama-70b", 53, 4), ("llama-405b", 84, 16)]
 
 
-def main(arguments: list[str]) -> int:
-    """Print a plan; returns the exit code, 1 when nothing fits."""
-    if arguments == ["table"]:
-        return table()
-    cluster, settings = dict(DEFAULTS), []
-    for argument in arguments:
-        key, _, value = argument.removeprefix("--").partition("=")
-        if key in cluster:
-            cluster[key] = value
-        else:
-            settings.append(argument)
-    nodes, per_node, tokens = (_number(cluster, key) for key in ("nodes", "gpus_per_node", "tokens"))
-    if cluster["gpu"] not in GPUS:
-        raise ConfigError(f"gpu={cluster['gpu']} must be one of: {', '.join(GPUS)}")
-    config = load_config(settings)
-    gpu, ranks = GPUS[cluster["gpu"]], int(nodes * per_node)
-    steps = footprints(config, int(per_node))
+def plan(config: Config, gpu_name: str, nodes: int, gpus_per_node: int, tokens: float) -> tuple[list[str], bool]:
+    """What a training needs on a cluster, line by line, and whether anything fits.
+
+    Args:
+        config: the training.
+        gpu_name: a key of :data:`GPUS`.
+        nodes: how many.
+        gpus_per_node: how many in each.
+        tokens: of text, read for the dump.
+    """
+    gpu, ranks = GPUS[gpu_name], nodes * gpus_per_node
+    steps = footprints(config, gpus_per_node)
     step = steps[1]
-    choice, tried = choose(config, steps, ranks, gpu, int(nodes))
-    print(
-        f"{config.model_name}, layer {config.layer_l}, {config.train_mode}: {step.frozen:,} frozen and {step.trained:,} trained parameters"
-    )
+    choice, tried = choose(config, steps, ranks, gpu, nodes)
+    trained = f"{step.frozen:,} frozen and {step.trained:,} trained parameters"
+    head = f"{config.model_name}, layer {config.layer_l}, {config.train_mode}: {trained}"
     if choice is None:
-        print(why_not(tried, gpu, cluster["gpu"], ranks))
-        return 1
-    for line in report(config, choice, ranks, gpu, int(nodes), tokens):
-        print(line)
-    return 0
+        return [head, why_not(tried, gpu, gpu_name, ranks)], False
+    return [head, *report(config, choice, ranks, gpu, nodes, tokens)], True
 
 
 def footprints(config: Config, per_node: int) -> dict[int, Footprint]:
@@ -110,8 +101,8 @@ def engine_setting(choice: Choice, ranks: int) -> str:
     return known.get(choice.engine, f"deepspeed=ds_configs/{choice.engine}.json")
 
 
-def table() -> int:
-    """The tables of docs/scale.md."""
+def print_table() -> None:
+    """Print the tables of docs/scale.md, each row as soon as it is known."""
     gpu = GPUS["h100-80g"]
     columns = ["subject", "trained", "GPUs", "engine", "samples", "weights", "optimizer", "buffers", "activations", "sent"]
     columns += ["inside a node", "s of arithmetic", "reading", "sending"]
@@ -119,7 +110,9 @@ def table() -> int:
     print("|---" * len(columns) + "|")
     for name, layer, nodes in TABLE:
         for mode in ("lora", "full"):
-            config = load_config([f"model_name=conf/subjects/{name}", f"layer_l={layer}", f"train_mode={mode}", *OBJECTIVE])
+            config = load_config(
+                [f"model_name={shipped.find(f'conf/subjects/{name}')}", f"layer_l={layer}", f"train_mode={mode}", *OBJECTIVE]
+            )
             steps, ranks = footprints(config, 8), 8 * nodes
             choice, tried = choose(config, steps, ranks, gpu, nodes)
             head = f"| {name} | {mode}: {steps[1].trained / 1e9:.2f} B | {ranks} |"
@@ -141,14 +134,3 @@ def table() -> int:
                 *(f"{time:.1f}" for time in seconds(config, choice, gpu, nodes).values()),
             ]
             print(f"{head} {choice.engine} | {choice.rows} | {' | '.join(cells)} |", flush=True)
-    return 0
-
-
-def _number(cluster: dict[str, str], key: str) -> float:
-    try:
-        value = float(cluster[key])
-    except ValueError:
-        value = 0.0
-    if value <= 0 or (key != "tokens" and value != int(value)):
-        raise ConfigError(f"{key}={cluster[key]} must be a number of 1 or more")
-    return value
