@@ -19,10 +19,11 @@ from torch import Tensor
 from megalens.checkpoint.formats import load_lens
 from megalens.data.pretokenize import encode
 from megalens.evaluate import EvaluationError
-from megalens.evaluate.metrics import Reference
 from megalens.evaluate.text import to_ids
-from megalens.explain.tokens import TokenExplanation, explain_ids
+from megalens.evaluate.tokens import TokenExplanation, explain_ids
+from megalens.explain.search import search_named
 from megalens.lens.lens import ConsistencyLens
+from megalens.statistics import ActivationStatistics
 
 __all__ = ["Lens", "TokenExplanation"]
 
@@ -32,11 +33,11 @@ class Lens:
 
     Args:
         module: the lens itself, for everything that is not here.
-        reference: what a rebuild is measured against.
+        statistics: of its training activations, what a rebuild is measured against.
     """
 
-    def __init__(self, module: ConsistencyLens, reference: Reference):
-        self.module, self.reference = module.eval(), reference
+    def __init__(self, module: ConsistencyLens, statistics: ActivationStatistics):
+        self.module, self.statistics = module.eval(), statistics
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> Lens:
@@ -52,9 +53,9 @@ class Lens:
             ConfigError: its subject can not be loaded.
         """
         loaded = load_lens(folder, **changes)
-        return cls(loaded.lens, Reference.of(loaded.statistics))
+        return cls(loaded.lens, loaded.statistics)
 
-    def explain(self, text: str, batch_size: int = 64) -> list[TokenExplanation]:
+    def explain(self, text: str, batch_size: int = 64, search: str = "greedy") -> list[TokenExplanation]:
         """What the lens says at each token of a text, in order.
 
         A tokenizer that puts a BOS first has it explained too. The lens was not trained on the first positions
@@ -63,18 +64,20 @@ class Lens:
         Args:
             text: any text that fits the subject's window. Names of special tokens in it are plain text.
             batch_size: positions at a time.
+            search: how explanations are chosen (:mod:`megalens.explain.search`): ``greedy``, or e.g. ``best_of:8``, the one of eight
+                from which the lens rebuilds the activation best.
 
         Returns:
-            ``token``, ``explanation`` and ``fve`` of each token (:class:`~megalens.explain.tokens.TokenExplanation`).
+            ``token``, ``explanation``, ``fve`` and ``search`` of each token (:class:`~megalens.evaluate.tokens.TokenExplanation`).
 
         Raises:
-            EvaluationError: the text is empty or too long.
+            EvaluationError: the text is empty or too long, or there is no such search.
         """
         if not text:
             raise EvaluationError("the text is empty; give at least one character to explain")
         ids = encode(self.module.tokenizer, [text])[0]
         self._check_window(len(ids), "the text")
-        return explain_ids(self.module, ids, self.reference, batch_size)
+        return explain_ids(self.module, ids, self.statistics, search_named(search), batch_size)
 
     @torch.no_grad()
     def reconstruct(self, text: str) -> Tensor:

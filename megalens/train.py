@@ -53,7 +53,6 @@ def train(config) -> int:
     from megalens.data.loader import ActivationLoader
     from megalens.data.source import training_loader
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
-    from megalens.evaluate.metrics import Reference
     from megalens.families.loading import subject_fingerprint
     from megalens.objective import build_lens
     from megalens.training.progress import clock_of, is_finished
@@ -75,12 +74,12 @@ def train(config) -> int:
             print(f"{config.run_dir} is finished: {clock.last_step} micro-steps; {longer} trains it longer", file=sys.stderr)
         return 0
 
-    lens = build_lens(config, start.statistics.mean, start.statistics.var, empty_blocks=shards_weights(config))
+    lens = build_lens(config, *start.standard, empty_blocks=shards_weights(config))
     weights = None if start.weights is None else lens.load_lens_state(start.weights)
     engine = build_engine(config, lens, lens.parameter_groups(), weights)
     if start.resumed is not None:
         engine.load_state(read_optimizer(start.resumed, lens.lens_state_names()))
-    validator = Validator(engine, lens, held_out, Reference.of(start.statistics))
+    validator = Validator(engine, lens, held_out, start.statistics)
     run = Run.open(config, folder, start.progress, clock) if engine.is_main else Run(folder)
     run.say(f"training {config.run_dir} from {start.where} on {world_size} x {engine.device.type}, {clock.last_step} micro-steps")
     code = 1

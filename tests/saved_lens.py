@@ -15,7 +15,6 @@ from megalens.data.shards import ShardReader
 from megalens.engine.state import Part
 from megalens.lens.names import stable_names
 from megalens.objective import build_lens
-from megalens.statistics import Statistics
 from megalens.tiny import make_model, make_text
 
 SETTINGS = {
@@ -43,14 +42,14 @@ def make_run(folder: Path, kind: str = "llama") -> Path:
     config = config_from_dict(SETTINGS | roots | {"model_name": str(model), "output_dir": str(folder / "outputs")})
     pretokenize(config)
     dump(config)
-    statistics = Statistics.of(ShardReader(config.activation_dir("train")))
+    statistics = ShardReader(config.activation_dir("train")).statistics
     lens = build_lens(config, statistics.mean, statistics.var)
     draw, state = torch.Generator().manual_seed(1), lens.state_dict()
     names = stable_names(lens.lens_state_names())
     weights = {stable: state[name] + 0.05 * torch.randn(state[name].shape, generator=draw) for name, stable in names.items()}
     checkpoint = config.run_dir / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
-    save_lens(checkpoint, config, Part(weights), statistics, lens.subject.fingerprint)
+    save_lens(checkpoint, config, Part(weights), statistics, (statistics.mean, statistics.var), lens.subject.fingerprint)
     (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"step": 12}}))
     curve = [{"step": step, "train/loss": 3.0 - step / 10, "val/fve_nrm": step / 20} for step in range(12)]
     (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))

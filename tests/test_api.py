@@ -30,15 +30,15 @@ def test_every_token_of_a_text_is_explained(lens):
 
 
 def test_fve_of_a_token_is_that_of_its_own_round_trip(lens):
-    module, reference = lens.module, lens.reference
+    module, statistics = lens.module, lens.statistics
     ids = module.tokenizer(TEXT)["input_ids"]
     a_BD = module.subject.residual(torch.tensor([ids]))[0]
     for at in (0, 5, len(ids) - 1):
         token = lens.explain(TEXT)[at]
         a = a_BD[at].double().numpy()
-        a_hat = lens.reconstruct(token.explanation).double().numpy() if token.explanation.strip("\ufffd \n") else reference.mean
+        a_hat = lens.reconstruct(token.explanation).double().numpy() if token.explanation.strip("\ufffd \n") else statistics.mean.numpy()
         u, u_hat = a / np.linalg.norm(a), a_hat / np.linalg.norm(a_hat)
-        wanted = 1 - np.square(u - u_hat).sum() / np.square(u - reference.mean_normalised).sum()
+        wanted = 1 - np.square(u - u_hat).sum() / np.square(u - statistics.mean_normalised.numpy()).sum()
         assert token.fve == pytest.approx(wanted, abs=1e-3)
 
 

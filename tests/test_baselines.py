@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from megalens.config import Config, Evaluation, Lora, Reconstructor, Verbalizer
-from megalens.evaluate.baselines import LABELS, context_tails, partners, read_by_lens, read_by_subject
+from megalens.evaluate import baselines, evaluation
+from megalens.evaluate import table as table_module
+from megalens.evaluate.baselines import SOURCES, context_tails, partners, read_by_subject
 from megalens.evaluate.evaluation import evaluate
-from megalens.evaluate.metrics import Reference
+from megalens.evaluate.measure import Rebuild, RowScorer, read_by_lens
 from megalens.evaluate.table import examples, table
 from megalens.evaluate.text import is_text, pad, pieces, round_trips, to_ids, to_texts, visible
+from megalens.explain.search import Greedy
 from megalens.objective import build_lens
+from megalens.objective.functions import kl_from_logits
+from megalens.objective.reference import next_logits
+from megalens.statistics import ActivationStatistics
 from megalens.tiny import make_model, make_text
 
 MIN_POS = 6
@@ -89,24 +95,26 @@ def loader(lens, texts):
 
 
 @pytest.fixture(scope="module")
-def reference(loader):
+def statistics(loader):
     a_BD = loader.batch["activation"].double()
     unit = a_BD / a_BD.norm(dim=-1, keepdim=True)
-    return Reference(a_BD.mean(0).numpy(), a_BD.var(0).numpy(), unit.mean(0).numpy())
+    return ActivationStatistics(a_BD.mean(0), a_BD.var(0), unit.mean(0))
 
 
 @pytest.fixture(scope="module")
-def result(lens, loader, reference):
-    return evaluate(lens, loader, lens.config, reference, progress=False)
+def result(lens, loader, statistics):
+    result = evaluate(lens, loader, lens.config, statistics, Greedy(), progress=False)
+    result.setting["statistics"] = "of these very rows"
+    return result
 
 
 def test_every_floor_and_ceiling_is_measured_on_the_same_rows(result, loader):
-    assert list(result.figures) == list(LABELS)
+    assert list(result.figures) == list(SOURCES)
     assert result.setting["rows"] == loader.num_rows == 30
     assert result.setting["documents"] == 15
     names = {"fve", "fve_std", "fve_nrm", "cos", "cos_q05", "cos_q50", "cos_q95", "kl", "kl_recovered", "top1", "failed"}
-    for figures in result.figures.values():
-        assert set(figures) == {name + end for name in names for end in ("", "_low", "_high")}
+    for each in result.figures.values():
+        assert set(each) == {name + end for name in names for end in ("", "_low", "_high")}
 
 
 def test_gold_patched_back_changes_nothing(result):
@@ -126,8 +134,8 @@ def test_the_result_is_plain_json(result):
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False)) == result.to_dict()
 
 
-def test_measuring_twice_gives_the_same(lens, loader, reference, result):
-    assert evaluate(lens, loader, lens.config, reference, progress=False).to_dict() == result.to_dict()
+def test_measuring_twice_gives_the_same(lens, loader, statistics, result):
+    assert evaluate(lens, loader, lens.config, statistics, Greedy(), progress=False).figures == result.figures
 
 
 def test_the_first_rows_are_the_examples(result, loader, lens):
@@ -146,7 +154,7 @@ def test_documents_are_explained_at_every_token(result, loader):
 
 def test_the_table_shows_our_lens_beside_every_source(result):
     text = table(result)
-    for label in LABELS.values():
+    for label, _ in SOURCES.values():
         assert text.count(label) == 2
     lines = text.split("\n\n")[0].splitlines()
     assert len({len(line) for line in lines}) == 1  # aligned
@@ -155,18 +163,18 @@ def test_the_table_shows_our_lens_beside_every_source(result):
     assert len(examples(result).splitlines()) == 4
 
 
-def test_a_lens_that_says_nothing_scores_as_the_mean(lens, loader, reference, monkeypatch):
+def test_a_lens_that_says_nothing_scores_as_the_mean(lens, loader, statistics, monkeypatch):
     monkeypatch.setattr(lens, "verbalize", lambda a_BD: torch.full((len(a_BD), 4), lens.tokenizer.eos_token_id))
-    silent = evaluate(lens, loader, lens.config, reference, progress=False, with_documents=False)
+    silent = evaluate(lens, loader, lens.config, statistics, Greedy(), progress=False, with_documents=False)
     assert silent.figures["lens"]["failed"] == 1
     assert silent.roundtrip == 0
     for name in ("fve", "fve_std", "fve_nrm", "cos", "kl", "top1"):
         assert silent.figures["lens"][name] == pytest.approx(silent.figures["mean"][name], abs=1e-6)
 
 
-def test_fewer_rows_are_used_when_asked_for(lens, loader, reference):
+def test_fewer_rows_are_used_when_asked_for(lens, loader, statistics):
     lens.config.evaluation.num_samples = 5
-    short = evaluate(lens, loader, lens.config, reference, progress=False, with_documents=False)
+    short = evaluate(lens, loader, lens.config, statistics, Greedy(), progress=False, with_documents=False)
     lens.config.evaluation.num_samples = -1
     assert short.setting["rows"] == 5
 
@@ -242,3 +250,55 @@ def test_a_text_is_what_says_something(text, says):
 def test_visible_text_stays_on_its_line_and_sends_the_terminal_nothing():
     assert visible("a\nb\tc") == "a⏎b⇥c"
     assert visible("\x1b[31m\u202eabc\x00\ud800") == "\ufffd[31m\ufffdabc\ufffd\ufffd"
+
+
+def test_a_new_baseline_is_one_function(lens, loader, statistics, monkeypatch):
+    monkeypatch.setattr(baselines, "SOURCES", dict(SOURCES))
+
+    @baselines.source("zero", "nothing at all")
+    def zero(given):
+        return Rebuild(torch.zeros_like(given.batch["activation"]), torch.zeros(len(given.texts), dtype=torch.bool))
+
+    for module in (evaluation, table_module):
+        monkeypatch.setattr(module, "SOURCES", baselines.SOURCES)
+    measured = evaluate(lens, loader, lens.config, statistics, Greedy(), progress=False, with_documents=False)
+    measured.setting["statistics"] = "of these very rows"
+    assert measured.figures["zero"]["cos"] == 0
+    assert "nothing at all" in table(measured)
+
+
+def test_scores_equal_whole_forward_passes(lens, loader, statistics):
+    """The plain reference: each text alone, the subject's whole forward pass with the rebuild in the activation's place."""
+    batch, texts = loader.rows(range(6)), ["a river", "castle", "", "the", "of Arden and", "\ufffd"]
+    got = RowScorer(lens, batch, statistics)(read_by_lens(lens, texts))
+    true_BV = next_logits(lens, batch, None)
+    mean_D = statistics.mean.float()
+    for i, text in enumerate(texts):
+        ids = to_ids(lens.tokenizer, [text])[0]
+        a_hat_D = lens.reconstruct(torch.tensor([ids]), torch.tensor([len(ids)]))[0] if is_text(text) else mean_D
+        one = {name: value[i : i + 1] for name, value in batch.items()}
+        for name, patch_D in (("kl", a_hat_D), ("kl_mean", mean_D)):
+            kl = kl_from_logits(true_BV[i], next_logits(lens, one, patch_D[None])[0])
+            assert got[name][i] == pytest.approx(float(kl), abs=2e-4)
+        assert got["error"][i] == pytest.approx(float((batch["activation"][i] - a_hat_D).square().sum()), rel=1e-3)
+    assert got["failed"].tolist() == [0, 0, 1, 0, 0, 1]
+
+
+def test_how_often_a_block_runs_does_not_depend_on_the_texts(lens, loader, statistics):
+    """Ranks that share a lens's weights gather them block by block: a rank with empty texts must not run fewer."""
+    batch, calls = loader.rows(range(4)), []
+    hooks = [block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(lens.subject.lm.blocks)]
+    seen = []
+    for texts in ([""] * 4, ["a", "", "the river flows south", "b"], ["river"] * 4):
+        calls.clear()
+        RowScorer(lens, batch, statistics)(read_by_lens(lens, texts))
+        seen.append(list(calls))
+    for hook in hooks:
+        hook.remove()
+    assert seen[0] == seen[1] == seen[2] != []
+
+
+def test_an_empty_text_beside_others_reads_as_the_bare_prompt(lens):
+    nothing_BT = torch.zeros(1, 0, dtype=torch.long)
+    bare = lens.reconstruct(nothing_BT, torch.zeros(1, dtype=torch.long))
+    torch.testing.assert_close(read_by_lens(lens, [""]).a_hat_BD, bare, atol=1e-5, rtol=1e-5)

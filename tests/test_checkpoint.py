@@ -22,7 +22,7 @@ from megalens.families.loading import subject_fingerprint
 from megalens.files import checksum
 from megalens.lens.names import stable_names
 from megalens.objective import Step, build_lens
-from megalens.statistics import Statistics
+from megalens.statistics import ActivationStatistics
 from megalens.tiny import make_model
 from megalens.train import train
 
@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
 def saved(folder, tmp_path):
     config = tiny_config(folder)
     draw = torch.Generator().manual_seed(1)
-    statistics = Statistics(torch.randn(64, generator=draw), torch.rand(64, generator=draw) + 0.5, torch.randn(64, generator=draw) / 8)
+    statistics = ActivationStatistics(
+        torch.randn(64, generator=draw), torch.rand(64, generator=draw) + 0.5, torch.randn(64, generator=draw) / 8
+    )
     lens = build_lens(config, statistics.mean, statistics.var)
     with torch.no_grad():
         for group in lens.parameter_groups().values():
@@ -62,6 +64,25 @@ def test_loaded_lens_is_the_saved_one(saved):
     assert torch.equal(loaded.mean, statistics.mean)
     assert torch.equal(read.mean_normalised, statistics.mean_normalised)
     check_checkpoint(folder)
+
+
+def test_a_lens_keeps_what_it_standardises_by_beside_its_training_statistics(saved, tmp_path):
+    _, lens, statistics = saved
+    other = ActivationStatistics(statistics.mean + 1, statistics.var * 2, statistics.mean_normalised)
+    Megalens().save(tmp_path / "other", LoadedLens(lens, other))
+    again = load_lens(tmp_path / "other")
+    assert torch.equal(again.lens.mean, statistics.mean)
+    assert torch.equal(again.lens.verbalizer.projection.mean, statistics.mean)
+    assert torch.equal(again.statistics.mean, statistics.mean + 1)
+
+
+def test_a_checkpoint_of_before_standardises_by_its_statistics(saved):
+    folder, _, statistics = saved
+    save_file({name: getattr(statistics, name) for name in ("mean", "var", "mean_normalised")}, folder / "stats.safetensors")
+    (folder / CHECKSUMS).unlink()
+    again = load_lens(folder)
+    assert torch.equal(again.lens.mean, statistics.mean)
+    assert torch.equal(again.lens.var, statistics.var)
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_found_and_its_file_named(folder):

@@ -33,7 +33,7 @@ def test_a_line_per_token_with_aligned_figures(checkpoint, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     tokens = json.loads(as_json(checkpoint, monkeypatch, capsys))
     assert len(lines) == len(tokens) + 1
-    assert lines[0].split() == ["token", "explanation", "FVE"]
+    assert lines[0].split() == ["token", "explanation", "(greedy)", "FVE"]
     for at, (line, token) in enumerate(zip(lines[1:], tokens, strict=True)):
         assert line.lstrip().startswith(token["token"].strip())
         assert line.endswith("*") == (at < 4)  # the lens was not trained below min_pos
@@ -47,7 +47,16 @@ def as_json(checkpoint, monkeypatch, capsys):
 def test_json_holds_token_explanation_and_fve(checkpoint, monkeypatch, capsys):
     tokens = json.loads(as_json(checkpoint, monkeypatch, capsys))
     assert "".join(token["token"] for token in tokens) == TEXT
-    assert all(set(token) == {"token", "explanation", "fve"} for token in tokens)
+    assert all(set(token) == {"token", "explanation", "fve", "search"} for token in tokens)
+
+
+def test_another_search_is_named_wherever_its_explanations_are(checkpoint, monkeypatch, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "search=best_of:3", TEXT, "--html", page) == 0
+    assert "explanation (best of 3)" in capsys.readouterr().out
+    assert "best of 3" in page.read_text()
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "--search=best_of:3", "--json", TEXT) == 0
+    assert {token["search"] for token in json.loads(capsys.readouterr().out)} == {"best of 3"}
 
 
 def test_a_dash_reads_the_standard_input(checkpoint, monkeypatch, capsys):
@@ -76,6 +85,7 @@ def test_a_page_is_written_beside_the_table(checkpoint, monkeypatch, tmp_path, c
         (["checkpoint=BEST", "text", "--html"], "--html wants a file"),
         (["checkpoint=BEST", "word " * 300], "more than the window"),
         (["checkpoint=BEST", "dtype=fp8", "text"], "dtype=fp8 must be one of"),
+        (["checkpoint=BEST", "search=beam:8", "text"], "'beam:8' is no search; write greedy, or best_of:K"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, arguments, message):

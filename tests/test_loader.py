@@ -209,8 +209,8 @@ def test_the_statistics_of_a_mixture_are_those_of_its_rows(two_dumps):
     folders, rows = two_dumps
     loader = ActivationLoader(dict(zip(folders, [250, 900], strict=True)), B, 0)
     a = torch.cat([part["activation"] for part in rows]).float()
-    torch.testing.assert_close(loader.mean, a.mean(0))
-    torch.testing.assert_close(loader.var, a.var(0, correction=0))
+    torch.testing.assert_close(loader.statistics.mean, a.mean(0))
+    torch.testing.assert_close(loader.statistics.var, a.var(0, correction=0))
 
 
 def test_dumps_of_other_models_are_not_mixed(two_dumps, tmp_path):

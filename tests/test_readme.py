@@ -98,14 +98,14 @@ def test_every_tool_of_the_readme_prints_its_help():
 
 
 def test_the_table_is_what_the_evaluation_prints():
-    from megalens.evaluate.baselines import LABELS
-    from megalens.evaluate.table import BLOCKS
+    from megalens.evaluate.baselines import SOURCES
+    from megalens.evaluate.metrics import TABLES
 
     table = re.search(r"<!-- demo table: begin -->\n```text\n(.*?)```\n<!-- demo table: end -->", README, flags=re.DOTALL)[1]
     figures, _, examples = table.partition("context ends with")
     headers = [line.split() for line in figures.splitlines() if line.strip() and line.startswith("  ")]
-    assert [tuple(header) for header in headers] == list(BLOCKS)
-    missing = [label for label in LABELS.values() if table.count(f"{label} ") < len(BLOCKS)]
+    assert [tuple(header) for header in headers] == list(TABLES)
+    missing = [label for label, _ in SOURCES.values() if table.count(f"{label} ") < len(TABLES)]
     assert missing == []
     assert len([line for line in examples.splitlines() if " → " in line]) == 12 + 1
 

@@ -11,12 +11,13 @@ import pytest
 from saved_lens import make_run
 
 from megalens import cli
-from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.page import escape, shade
-from megalens.evaluate.plots import curves, intervals, read_curve
+from megalens.evaluate.plots import curves, intervals
 from megalens.evaluate.report import render
 from megalens.evaluate.table import examples
+from megalens.training.track import read_curve
 
 tool = importlib.import_module("eval")
 EVIL = "</td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e"
@@ -58,12 +59,12 @@ def run(monkeypatch, *arguments):
 @pytest.fixture
 def evil():
     figures = {
-        source: {name: 0.5 for name in ("fve_nrm", "fve_std", "fve", "kl_recovered", "cos", "kl", "top1", "failed")} for source in LABELS
+        source: {name: 0.5 for name in ("fve_nrm", "fve_std", "fve", "kl_recovered", "cos", "kl", "top1", "failed")} for source in SOURCES
     }
     figures["lens"] |= {"cos_q05": 0.1, "cos_q50": 0.2, "cos_q95": 0.3}
     figures["shuffled"] = {name: -40.0 for name in figures["shuffled"]}
-    setting = dict.fromkeys(("model", "tail_order", "train_mode", "dataset", "trained", "checkpoint", "dtype"), EVIL)
-    numbers = {"layer_l": 1, "t_text": 3, "rows": 2, "documents": 2, "min_pos": 1, "seq_len": 4, "bootstrap": 0}
+    setting = dict.fromkeys(("model", "tail_order", "train_mode", "dataset", "trained", "checkpoint", "dtype", "statistics"), EVIL)
+    numbers = {"layer_l": 1, "t_text": 3, "rows": 2, "documents": 2, "min_pos": 1, "seq_len": 4, "bootstrap": 0, "search": "best of 8"}
     example = {"context": EVIL, "explanation": EVIL, "fve": 0.3, "position": 3, "doc_id": 1}
     tokens = [{"token": EVIL, "explanation": EVIL, "fve": fve} for fve in (-200.0, 0.5, -0.2, 1.0, 0.0)]
     return Result(setting | numbers, figures, 0.9, [example], [{"doc_id": 1, "tokens": tokens}])
@@ -74,10 +75,13 @@ def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys)
     printed = capsys.readouterr().out
     result = Result(**json.loads((checkpoint.parent / "evaluation.json").read_text()))
     assert result.setting["rows"] == 11
+    assert result.setting["search"] == "greedy"
+    assert result.setting["statistics"] == "the training dump"
+    assert "explanations (greedy)" in printed
     assert result.setting["checkpoint"] == "step-00000012"
     assert result.setting["trained"] == "12 micro-steps of 64 rows"
-    assert list(result.figures) == list(LABELS)
-    assert all(label in printed for label in LABELS.values())
+    assert list(result.figures) == list(SOURCES)
+    assert all(source.label in printed for source in SOURCES.values())
     assert examples(result) in printed
     page = (checkpoint.parent / "report.html").read_text()
     Page(page)
@@ -96,6 +100,7 @@ def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys)
         (["checkpoint=BEST", "evaluation.num_samples="], "is empty"),
         (["checkpoint=BEST", "activation_dumper.root=/nowhere"], "there is no dump in /nowhere"),
         (["checkpoint=BEST", "model_name=/nowhere/model"], "/nowhere"),
+        (["checkpoint=BEST", "evaluation.search=best_of:1"], "'best_of:1' is no search; write greedy, or best_of:K"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, arguments, message):
@@ -110,7 +115,33 @@ def test_a_dump_of_another_layer_is_refused(checkpoint, monkeypatch, capsys, tmp
     shutil.copytree(root, tmp_path / "activations")
     (tmp_path / "activations" / "model" / "layer_1").rename(tmp_path / "activations" / "model" / "layer_2")
     assert run(monkeypatch, f"checkpoint={checkpoint}", f"activation_dumper.root={tmp_path / 'activations'}", "layer_l=2") == 1
-    assert "is of layer (1), not of this configuration's (2)" in capsys.readouterr().err
+    assert "is of another layer (1 there, 2 now)" in capsys.readouterr().err
+
+
+def test_without_the_training_dump_the_checkpoint_says_what_is_measured_against(checkpoint, monkeypatch, capsys, tmp_path):
+    shutil.copytree(checkpoint.parents[2] / "activations", tmp_path / "activations")
+    (train_dump,) = (tmp_path / "activations").rglob("*_train")
+    shutil.rmtree(train_dump)
+    root = f"activation_dumper.root={tmp_path / 'activations'}"
+    with_dump, without = [], []
+    for arguments, figures in (([], with_dump), ([root], without)):
+        assert run(monkeypatch, f"checkpoint={checkpoint}", "evaluation.num_samples=8", *arguments) == 0
+        figures.append(json.loads((checkpoint.parent / "evaluation.json").read_text()))
+    assert without[0]["figures"] == with_dump[0]["figures"]
+    assert without[0]["setting"]["statistics"].startswith("kept in the checkpoint: there is no dump in")
+    assert "kept in the checkpoint" in capsys.readouterr().out
+
+
+def test_another_search_is_named_beside_its_figures(checkpoint, monkeypatch, capsys):
+    found = {}
+    for search in ("greedy", "best_of:4"):
+        assert run(monkeypatch, f"checkpoint={checkpoint}", f"evaluation.search={search}", "evaluation.report_documents=0") == 0
+        found[search] = json.loads((checkpoint.parent / "evaluation.json").read_text())
+    assert found["best_of:4"]["setting"]["search"] == "best of 4"
+    assert "explanations (best of 4)" in capsys.readouterr().out
+    assert "best of 4" in (checkpoint.parent / "report.html").read_text()
+    fve = {search: result["figures"]["lens"]["fve_nrm"] for search, result in found.items()}
+    assert fve["best_of:4"] > fve["greedy"]
 
 
 def test_results_lie_in_the_run_of_the_checkpoint(checkpoint):

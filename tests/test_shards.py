@@ -69,9 +69,9 @@ def test_large_token_ids_survive_int32(tmp_path):
 def test_statistics_are_those_of_the_stored_rows(tmp_path):
     rows = make_dump(tmp_path)
     reader, a = ShardReader(tmp_path), rows["activation"].double()
-    torch.testing.assert_close(reader.mean, a.mean(0).float())
-    torch.testing.assert_close(reader.var, a.var(0, correction=0).float())
-    torch.testing.assert_close(reader.mean_normalised, (a / a.norm(dim=1, keepdim=True)).mean(0).float())
+    torch.testing.assert_close(reader.statistics.mean, a.mean(0).float())
+    torch.testing.assert_close(reader.statistics.var, a.var(0, correction=0).float())
+    torch.testing.assert_close(reader.statistics.mean_normalised, (a / a.norm(dim=1, keepdim=True)).mean(0).float())
 
 
 def test_statistics_merge_to_those_of_the_union():
@@ -79,8 +79,10 @@ def test_statistics_merge_to_those_of_the_union():
     whole, merged = Moments.of(a), Moments.of(a[:7]) + Moments.of(a[7:200]) + Moments.of(a[200:])
     assert merged.count == whole.count
     np.testing.assert_array_equal(merged.total_D, whole.total_D)
-    for name in ["mean", "variance", "mean_normalised"]:
-        np.testing.assert_allclose(merged.summary()[name], whole.summary()[name], rtol=1e-12)
+    merged, whole = merged.statistics().to_meta(), whole.statistics().to_meta()
+    assert list(merged) == ["mean", "variance", "mean_normalised"]
+    for name in merged:
+        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-12)
 
 
 def test_plain_pyarrow_reads_the_planes_back_in_two_lines(tmp_path):

@@ -45,7 +45,7 @@ def test_contexts_come_in_the_dumps_order_without_a_dump(place):
             assert "activation" not in ours
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     part = dumped.rows(range(100))["activation"]
-    for ours, theirs in [(reader.mean, part.mean(0)), (reader.var, part.var(0, correction=0))]:
+    for ours, theirs in [(reader.statistics.mean, part.mean(0)), (reader.statistics.var, part.var(0, correction=0))]:
         torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.01)
 
 

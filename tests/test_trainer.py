@@ -16,9 +16,17 @@ from tiny_run import make_subject_and_dump, tiny_config
 
 import megalens.training.trainer
 from megalens.checkpoint import CheckpointError
+from megalens.checkpoint.formats import load_lens
 from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Checkpoint, EarlyTermination, Validation
+from megalens.data.loader import ActivationLoader
+from megalens.data.shards import ShardReader
 from megalens.engine.local import LocalEngine
+from megalens.evaluate.evaluation import evaluate
+from megalens.evaluate.metrics import FIGURES
+from megalens.explain.search import Greedy
+from megalens.families.loading import load_tokenizer
+from megalens.lens.lens import ConsistencyLens
 from megalens.schedule import Clock
 from megalens.train import train
 from megalens.training.progress import TrainingError, clock_of
@@ -303,6 +311,60 @@ def test_longer_training_goes_on_from_the_finished_one(folder):
     config.max_train_steps = "6s"
     assert train(config) == 0
     assert [line["step"] for line in curve(config) if "val/loss" in line] == [0, 4, 6]
+
+
+def last_validation(config):
+    return {name[4:]: value for name, value in curve(config)[-1].items() if name.startswith("val/")}
+
+
+def test_validation_measures_what_evaluation_measures(folder):
+    config = tiny_config(folder, "one-definition", max_train_steps="4s", validation=Validation(num_samples=18))
+    assert train(config) == 0
+    loaded = load_lens(config.run_dir / "last")
+    held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
+    measured = evaluate(loaded.lens, held_out, config, loaded.statistics, Greedy(), progress=False, with_documents=False)
+    measured, validated = measured.figures["lens"], last_validation(config)
+    for figure in FIGURES:
+        assert validated[figure.name] == pytest.approx(measured[figure.name], rel=1e-5, abs=1e-6), figure.name
+
+
+def test_validation_reads_explanations_from_their_string(folder, monkeypatch):
+    """A lens whose tokens are no text scores as the mean activation, whatever its reconstructor makes of the tokens."""
+    config = tiny_config(folder, "no-text", max_train_steps="2s")
+    eos = load_tokenizer(config).eos_token_id
+    monkeypatch.setattr(ConsistencyLens, "verbalize", lambda self, a_BD: torch.full((len(a_BD), 3), eos))
+    assert train(config) == 0
+    validated = last_validation(config)
+    assert validated["failed"] == 1
+    assert validated["fve"] == validated["fve_std"] == 0
+    assert validated["kl_recovered"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_lens_from_another_dump_is_measured_against_its_own(folder, tmp_path):
+    config = tiny_config(folder, "first-dump", max_train_steps="2s")
+    assert train(config) == 0
+    make_subject_and_dump(tmp_path, shift=-3.0)
+    other = tiny_config(tmp_path, "second-dump", max_train_steps="4s", init_from=str(config.run_dir / "last"))
+    other.validation.num_samples = 18
+    other.model_name = config.model_name
+    assert train(other) == 0
+    first, second = (ShardReader(c.activation_dir("train")).statistics for c in (config, other))
+    assert not torch.allclose(first.mean, second.mean, atol=1)
+    loaded = load_lens(other.run_dir / "last")
+    kept, lens = loaded.statistics, loaded.lens
+    assert torch.equal(kept.mean, second.mean), "what it is measured against"
+    assert torch.equal(kept.mean_normalised, second.mean_normalised)
+    assert torch.equal(lens.mean, first.mean), "what it was trained to standardise by"
+    assert torch.equal(lens.reconstructor.head.mean, first.mean)
+    held_out = ActivationLoader(other.activation_dir("val"), 1, other.seed)
+    options = {"progress": False, "with_documents": False}
+    against = [evaluate(lens, held_out, other, s, Greedy(), **options).figures["lens"]["fve"] for s in (first, second)]
+    other.max_train_steps = "6s"
+    assert train(other) == 0, "and when it goes on from its own checkpoint"
+    validated = [line["val/fve"] for line in curve(other) if "val/fve" in line]
+    assert abs(against[0] - against[1]) > 0.1
+    assert validated[1] == pytest.approx(against[1], rel=1e-5)
+    assert torch.equal(load_lens(other.run_dir / "last").lens.mean, first.mean)
 
 
 def test_validation_of_more_rows_than_there_are_takes_all(folder):

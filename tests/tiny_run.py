@@ -46,8 +46,8 @@ def tiny_config(folder, run_name="run", **keys) -> Config:
     return config
 
 
-def make_subject_and_dump(folder) -> None:
-    """The model and both splits' dumps, where ``tiny_config(folder)`` expects them."""
+def make_subject_and_dump(folder, shift: float = 1.0) -> None:
+    """The model and both splits' dumps, of mean ``shift``, where ``tiny_config(folder)`` expects them."""
     make_model(folder / "model")
     config = tiny_config(folder)
     for number, (split, rows) in enumerate(ROWS.items()):
@@ -70,7 +70,7 @@ def make_subject_and_dump(folder) -> None:
             writer.write(
                 shard,
                 {
-                    "activation": torch.randn(count, 64, generator=draw) + 1,
+                    "activation": torch.randn(count, 64, generator=draw) + shift,
                     "input_ids": torch.randint(3, 500, (count, 12), generator=draw),
                     "position": position,
                     "doc_id": torch.arange(count),

@@ -5,6 +5,7 @@ usage: python tools/eval.py checkpoint=outputs/<run>/best [key=value ...]
   checkpoint=FOLDER               the lens: outputs/<run>/best, last, or one of outputs/<run>/checkpoints/
   evaluation.num_samples=N        held-out rows (-1: all)
   evaluation.bootstrap=N          resamples of documents for the 95 % intervals (0: no intervals)
+  evaluation.search=best_of:K     of K explanations the one that is rebuilt best, in place of greedy
   device=cpu|cuda dtype=bf16|fp32 where and how to compute
   trust_remote_code=true          run code that comes with the subject; a checkpoint never says so itself
 
@@ -26,24 +27,25 @@ def main(arguments: list[str]) -> None:
     from megalens.data.identity import model_identity
     from megalens.data.loader import ActivationLoader
     from megalens.evaluate import report
-    from megalens.evaluate.evaluation import evaluate
-    from megalens.evaluate.metrics import Reference
-    from megalens.evaluate.plots import read_curve
+    from megalens.evaluate.evaluation import evaluate, training_statistics
     from megalens.evaluate.table import examples, table
+    from megalens.explain.search import search_named
     from megalens.families.loading import subject_fingerprint
+    from megalens.training.track import read_curve
 
     named = [a for a in arguments if a.removeprefix("--").startswith("checkpoint=")]
     if len(named) != 1:
         raise ConfigError("name one checkpoint: python tools/eval.py checkpoint=outputs/<run>/best")
     folder = Path(named[0].split("=", 1)[1])
     config = read_config(folder, [a for a in arguments if a not in named])
-    fingerprint = subject_fingerprint(config)
+    search, fingerprint = search_named(config.evaluation.search), subject_fingerprint(config)
     check_subject(folder, fingerprint)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
     loader.reader.check_matches({**model_identity(config), "d": read_about(folder)["width"]})
     loaded = load_lens(folder, **dataclasses.asdict(config))
-    result = evaluate(loaded.lens, loader, config, Reference.of(loaded.statistics))
-    result.setting |= {"checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
+    statistics, source = training_statistics(config, loaded)
+    result = evaluate(loaded.lens, loader, config, statistics, search)
+    result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))
     print(f"\n{table(result)}\n\n{examples(result)}\n\nwritten: {run / 'evaluation.json'} and {run / 'report.html'}")

@@ -5,7 +5,7 @@
     outputs/<run>/checkpoints/step-00000120/
         lens.safetensors     the lens' weights, float32, under the names of megalens.lens.names; no engine is needed to read them
         lens.json            what the lens is: format, configuration, subject's fingerprint, versions
-        stats.safetensors    statistics of the training activations
+        stats.safetensors    statistics of the training activations, mean and variance that the lens standardises by
         trainer.json         where the training stands
         engine/optimizer.safetensors
                              the optimizer's state: step, exp_avg.<name> and exp_avg_sq.<name>

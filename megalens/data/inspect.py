@@ -65,12 +65,12 @@ def measure(reader: ShardReader, sample: int) -> dict[str, np.ndarray]:
         if sum(len(norm_N) for norm_N, _ in parts) >= sample:
             break
     norm_N, position_N = (np.concatenate(column)[:sample] for column in zip(*parts, strict=True))
-    order = np.argsort(-reader.var.numpy(), kind="stable")
+    order = np.argsort(-reader.statistics.var.numpy(), kind="stable")
     return {
         "norm": norm_N,
         "position": position_N,
         "dimension": order,
-        "share": reader.var.double().numpy()[order] / float(reader.var.sum()),
+        "share": reader.statistics.var.double().numpy()[order] / float(reader.statistics.var.sum()),
     }
 
 
@@ -86,7 +86,7 @@ def describe(reader: ShardReader, figures: dict[str, np.ndarray]) -> dict[str, s
     return {
         "size": f"{len(reader.meta['shards'])} shards, {size:,} bytes, {size / len(reader):.1f} a row",
         "norm": f"{quantiles} (of {len(norm_N):,} rows)",
-        "norm of the mean": f"{float(reader.mean.norm()):.4g}",
+        "norm of the mean": f"{float(reader.statistics.mean.norm()):.4g}",
         "top dimensions": f"{top}; the first ten hold {100 * share[:10].sum():.1f} % of the variance",
         "positions": f"{figures['position'].min()} to {figures['position'].max()}",
         "attention sinks": ", ".join(sinks) or "none",

@@ -25,6 +25,7 @@ from megalens.data import DataError
 from megalens.data.encoding import encoding_of
 from megalens.data.order import FolderOrder, Mixture
 from megalens.data.shards import ShardReader
+from megalens.statistics import ActivationStatistics
 
 Columns = dict[str, Tensor]  # rows by the names of Batch; in the shards' dtypes until they are finished
 Place = tuple[int, int]  # (epoch, row)
@@ -52,7 +53,7 @@ class ActivationLoader(IterableDataset):
         num_rows: rows of an epoch (of a mixture: until the first dump is used up), before it is cut to whole batches.
         steps_per_epoch: whole global batches in it.
         readers: one for each dump; ``reader`` is the first.
-        mean, var, mean_normalised: of the rows as they come, float32 ``[d]``.
+        statistics: of the activations of an epoch, each dump by its share.
         identity: a hash of what the rows are, for those who must know that they are the same.
 
     A batch is a :class:`~megalens.batch.Batch` of CPU tensors, pinned where there is a GPU. In a mixture ``sample_id`` counts the rows of
@@ -207,19 +208,9 @@ class ActivationLoader(IterableDataset):
         return self.readers[0]
 
     @property
-    def mean(self) -> Tensor:
-        """Mean of the activations."""
-        return self._average([reader.mean for reader in self.readers])
-
-    @property
-    def var(self) -> Tensor:
-        """Variance of the activations per dimension."""
-        return self._average([reader.var + (reader.mean - self.mean) ** 2 for reader in self.readers])
-
-    @property
-    def mean_normalised(self) -> Tensor:
-        """Mean of the unit-length activations."""
-        return self._average([reader.mean_normalised for reader in self.readers])
+    def statistics(self) -> ActivationStatistics:
+        """Of the activations of an epoch, each dump by its share."""
+        return ActivationStatistics.mixed([reader.statistics for reader in self.readers], self._mixture.shares)
 
     def rows(self, indices: Tensor | np.ndarray | list[int]) -> Batch:
         """Exactly these rows of the first dump (``sample_id``), in this order; for evaluation."""
@@ -236,11 +227,6 @@ class ActivationLoader(IterableDataset):
     def documents(self) -> Tensor:
         """``doc_id`` of every row of the first dump, int64."""
         return torch.from_numpy(self.reader.column("doc_id").astype(np.int64))
-
-    def _average(self, values: list[Tensor]) -> Tensor:
-        if len(values) == 1:
-            return values[0]
-        return sum(value.double() * float(share) for value, share in zip(values, self._mixture.shares, strict=True)).float()
 
     def _check(self, shares: dict) -> None:
         if self.batch_size % self.world_size:

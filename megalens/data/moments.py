@@ -6,7 +6,10 @@ import base64
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from megalens.statistics import ActivationStatistics
 
 
 @dataclass
@@ -38,11 +41,11 @@ class Moments:
             self.count + other.count, self.total_D + other.total_D, self.squares_D + other.squares_D, self.units_D + other.units_D
         )
 
-    def summary(self) -> dict[str, list[float]]:
-        """``mean`` and ``variance`` per dimension, and ``mean_normalised``, the mean of the unit-length activations."""
+    def statistics(self) -> ActivationStatistics:
+        """Mean and variance of the rows, float64."""
         mean_D = self.total_D / self.count
-        variance_D = np.maximum(self.squares_D / self.count - mean_D**2, 0)
-        return {"mean": mean_D.tolist(), "variance": variance_D.tolist(), "mean_normalised": (self.units_D / self.count).tolist()}
+        var_D = np.maximum(self.squares_D / self.count - mean_D**2, 0)
+        return ActivationStatistics(*(torch.from_numpy(value_D) for value_D in (mean_D, var_D, self.units_D / self.count)))
 
     def to_json(self) -> dict:
         """The count and the sums' bits."""

@@ -21,6 +21,7 @@ from megalens.data.sampling import Rows
 from megalens.data.shards import batch_sizes
 from megalens.families.loading import check_model
 from megalens.lens.subject import load_subject
+from megalens.statistics import ActivationStatistics
 
 _STATISTICS_ROWS = 4096
 
@@ -60,7 +61,7 @@ class ContextReader:
     Takes the place of a :class:`~megalens.data.shards.ShardReader` in a loader and gives the same batches, but for ``activation``.
 
     Attributes:
-        mean, var, mean_normalised: of the first rows (at most 4096), read from the subject when first asked for, float32 ``[d]``.
+        statistics: of the first rows' activations (at most 4096), read from the subject when first asked for.
 
     Raises:
         DataError: there is no pretokenized text, or fewer rows than were asked for.
@@ -107,7 +108,8 @@ class ContextReader:
         }
 
     @functools.cached_property
-    def _statistics(self) -> dict[str, list[float]]:
+    def statistics(self) -> ActivationStatistics:
+        """Of the first rows' activations (at most 4096), read from the subject when first asked for."""
         subject = load_subject(self._config, upto_block=self._config.layer_l)
         rows = self._shard(0)
         documents, member_N = np.unique(rows.document_N[:_STATISTICS_ROWS], return_inverse=True)
@@ -116,19 +118,4 @@ class ContextReader:
         for ids_BC, index in forward_batches(self._config, self._tokens, some)[1]:
             part = Moments.of(subject.residual(ids_BC.to(subject.device))[index[1], index[2]].cpu())
             moments = part if moments is None else moments + part
-        return moments.summary()
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the activations."""
-        return torch.tensor(self._statistics["mean"])
-
-    @property
-    def var(self) -> Tensor:
-        """Variance of the activations per dimension."""
-        return torch.tensor(self._statistics["variance"])
-
-    @property
-    def mean_normalised(self) -> Tensor:
-        """Mean of the unit-length activations."""
-        return torch.tensor(self._statistics["mean_normalised"])
+        return ActivationStatistics.from_meta(moments.statistics().to_meta())

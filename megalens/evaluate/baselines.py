@@ -1,73 +1,107 @@
-"""Floors and ceilings: what the same rows score when the explanation is replaced by something that needs no lens."""
+"""Floors and ceilings: what the same rows score with something else in the explanation's place.
+
+A new one is a function here under :func:`source`; measuring, tables and the page take it from :data:`SOURCES`.
+Copied texts too are re-tokenised from their string.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megalens.data.pretokenize import encode
-from megalens.evaluate.text import is_text, pad, to_ids, to_texts
+from megalens.evaluate.measure import Rebuild, read_by_lens
+from megalens.evaluate.text import is_text, pad, to_texts
 from megalens.lens.lens import ConsistencyLens
-
-LABELS = {
-    "gold": "gold activation patched back",
-    "copy_subject": "copy, untouched subject",
-    "copy": "copy, same reconstructor",
-    "lens": "LENS",
-    "shuffled": "explanations of other rows",
-    "empty": "empty text",
-    "mean": "mean activation",
-}
-"""Every source of a rebuild, ceilings first, with its name in tables."""
 
 
 @dataclass
-class Rebuild:
-    """Rebuilt activations ``[B, D]`` (float32) and the rows that failed because their text says nothing ``[B]``."""
-
-    a_hat_BD: Tensor
-    failed_B: Tensor
-
-
-def rebuilds(lens: ConsistencyLens, batch: dict[str, Tensor], texts: list[str], other_texts: list[str]) -> dict[str, Rebuild]:
-    """Rebuilds of one batch from every source of :data:`LABELS`, in that order.
+class Given:
+    """What a source may rebuild from.
 
     Args:
+        lens: with its subject.
         batch: the rows, on the lens's device.
-        texts: the lens's explanations.
+        texts: the lens's explanations of them.
         other_texts: explanations of other rows (:func:`partners`).
-
-    ``copy`` is the context's last ``t_text`` tokens, written in the lens's ``tail_order`` so that its reconstructor reads them as they
-    stood; ``copy_subject`` is those tokens as they stand (fewer where the context is shorter), read by the subject's own blocks without
-    prompts or adapters, a BOS first where its tokenizer puts one. Copies too are re-tokenised from their string.
+        mean_D: the mean of the TRAINING activations.
     """
-    a_BD = batch["activation"]
-    rows, tokenizer = len(a_BD), lens.tokenizer
-    copies = context_tails(tokenizer, batch["input_ids"], batch["position"], lens.config.t_text)
-    result = {"gold": _always(a_BD), "copy_subject": read_by_subject(lens, copies)}
-    result["copy"] = read_by_lens(lens, to_texts(tokenizer, lens.tail_ids(batch)))
-    result["lens"] = read_by_lens(lens, texts)
-    result["shuffled"] = read_by_lens(lens, other_texts)
-    nothing_BT = torch.zeros(rows, 0, dtype=torch.long)
-    result["empty"] = _always(lens.reconstruct(nothing_BT, torch.zeros(rows, dtype=torch.long)))
-    result["mean"] = _always(lens.mean.expand_as(a_BD))
-    return result
+
+    lens: ConsistencyLens
+    batch: dict[str, Tensor]
+    texts: list[str]
+    other_texts: list[str]
+    mean_D: Tensor
 
 
-def read_by_lens(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
-    """What the reconstructor makes of strings."""
-    a_hat_BD = lens.reconstruct(*pad(to_ids(lens.tokenizer, texts)))
-    return Rebuild(a_hat_BD, torch.tensor([not is_text(text) for text in texts], device=a_hat_BD.device))
+class Source(NamedTuple):
+    """Something that rebuilds rows; ``label`` is its name in tables."""
+
+    label: str
+    rebuild: Callable[[Given], Rebuild]
+
+
+SOURCES: dict[str, Source] = {}
+"""Every source of a rebuild by name: ceilings, the lens, floors. Tables show them in this order."""
+
+
+def source(name: str, label: str) -> Callable[[Callable[[Given], Rebuild]], Callable[[Given], Rebuild]]:
+    """Register the function below it as a source."""
+
+    def register(rebuild: Callable[[Given], Rebuild]) -> Callable[[Given], Rebuild]:
+        SOURCES[name] = Source(label, rebuild)
+        return rebuild
+
+    return register
+
+
+@source("gold", "gold activation patched back")
+def _gold(given: Given) -> Rebuild:
+    return _without_text(given.batch["activation"])
+
+
+@source("copy_subject", "copy, untouched subject")
+def _copy_subject(given: Given) -> Rebuild:
+    """The context's last ``t_text`` tokens (fewer where it is shorter) through the subject's own blocks, without prompts or adapters."""
+    tokenizer, batch = given.lens.tokenizer, given.batch
+    return read_by_subject(given.lens, context_tails(tokenizer, batch["input_ids"], batch["position"], given.lens.config.t_text))
+
+
+@source("copy", "copy, same reconstructor")
+def _copy(given: Given) -> Rebuild:
+    """The same tokens in the lens's ``tail_order``, so that its reconstructor reads them as they stood."""
+    return read_by_lens(given.lens, to_texts(given.lens.tokenizer, given.lens.tail_ids(given.batch)))
+
+
+@source("lens", "LENS")
+def _lens(given: Given) -> Rebuild:
+    return read_by_lens(given.lens, given.texts)
+
+
+@source("shuffled", "explanations of other rows")
+def _shuffled(given: Given) -> Rebuild:
+    return read_by_lens(given.lens, given.other_texts)
+
+
+@source("empty", "empty text")
+def _empty(given: Given) -> Rebuild:
+    return _without_text(read_by_lens(given.lens, [""] * len(given.texts)).a_hat_BD)
+
+
+@source("mean", "mean activation")
+def _mean(given: Given) -> Rebuild:
+    return _without_text(given.mean_D.expand_as(given.batch["activation"]))
 
 
 def read_by_subject(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
-    """The untouched subject's own residual at the last token of strings, nothing before them but what its tokenizer always puts there."""
+    """The untouched subject's residual at the last token of each string; a BOS comes first where its tokenizer puts one."""
     ids_BT, lengths_B = pad(encode(lens.tokenizer, texts))
     failed_B = torch.tensor([not is_text(text) for text in texts]) | (lengths_B == 0)
-    ids_BT = ids_BT if ids_BT.shape[1] else ids_BT.new_zeros(len(texts), 1)
     resid_BTD = lens.subject.residual(ids_BT.to(lens.mean.device))
     last_B = (lengths_B - 1).clamp_min(0).to(resid_BTD.device)
     a_hat_BD = resid_BTD[torch.arange(len(texts), device=resid_BTD.device), last_B].float()
@@ -81,10 +115,9 @@ def context_tails(tokenizer, input_ids_BC: Tensor, position_B: Tensor, count: in
 
 
 def partners(doc_ids: np.ndarray) -> np.ndarray:
-    """For each row the number of a row of another document, each row serving once ``[N]``.
+    """For each row the number of a row of another document; each row serves once ``[N]``.
 
-    Rows are put in order of their documents and turned by half their number: where no document holds more than half of the rows, none
-    meets its own.
+    Rows are sorted by document and shifted by half their number. No row meets its own document unless one holds more than half of all.
     """
     order = np.argsort(doc_ids, kind="stable")
     result = np.empty_like(order)
@@ -92,5 +125,6 @@ def partners(doc_ids: np.ndarray) -> np.ndarray:
     return result
 
 
-def _always(a_hat_BD: Tensor) -> Rebuild:
+def _without_text(a_hat_BD: Tensor) -> Rebuild:
+    """Rebuilds that no text was needed for, so that none has failed."""
     return Rebuild(a_hat_BD.float(), torch.zeros(len(a_hat_BD), dtype=torch.bool, device=a_hat_BD.device))

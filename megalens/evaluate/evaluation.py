@@ -11,14 +11,20 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from megalens.checkpoint.formats import LoadedLens
 from megalens.config import Config
+from megalens.data import DataError
+from megalens.data.identity import model_identity
 from megalens.data.loader import ActivationLoader
+from megalens.data.source import mixture
 from megalens.device import resolve_dtype
-from megalens.evaluate.baselines import partners, rebuilds
-from megalens.evaluate.metrics import Reference, figures, join, logit_statistics, mean_where_failed, row_fve, row_statistics
-from megalens.evaluate.text import round_trips, to_texts
-from megalens.explain.tokens import explain_ids
+from megalens.engine.base import to_device
+from megalens.evaluate.baselines import SOURCES, Given, partners
+from megalens.evaluate.measure import RowScorer, Said, Search
+from megalens.evaluate.metrics import figures, join, row_fve
+from megalens.evaluate.tokens import explain_ids
 from megalens.lens.lens import ConsistencyLens
+from megalens.statistics import ActivationStatistics
 
 
 @dataclass
@@ -26,8 +32,8 @@ class Result:
     """What was measured, ready for JSON.
 
     Args:
-        setting: on what: model, layer, explanation length, rows, documents, ...
-        figures: ``{source: {figure: value}}``; sources as in :data:`megalens.evaluate.baselines.LABELS`, figures as in
+        setting: on what: model, layer, explanation length, search, rows, documents, ...
+        figures: ``{source: {figure: value}}``; sources as in :data:`megalens.evaluate.baselines.SOURCES`, figures as in
             :mod:`megalens.evaluate.metrics`, each with its ``_low`` and ``_high``.
         roundtrip: share of the lens's explanations that are re-tokenised to the very tokens that were said.
         examples: the first rows: ``context``, ``explanation``, ``fve``, ``position``, ``doc_id``.
@@ -50,7 +56,8 @@ def evaluate(
     lens: ConsistencyLens,
     loader: ActivationLoader,
     config: Config,
-    reference: Reference,
+    statistics: ActivationStatistics,
+    search: Search,
     progress: bool = True,
     with_documents: bool = True,
 ) -> Result:
@@ -60,7 +67,8 @@ def evaluate(
         lens: with its subject.
         loader: of the held-out dump; the first ``config.evaluation.num_samples`` rows are used (the dump is shuffled already).
         config: its ``evaluation`` settings, and what is told about the setting.
-        reference: the TRAINING activations' statistics.
+        statistics: of the TRAINING activations (:func:`training_statistics`).
+        search: chooses the explanations.
         progress: a bar on stderr.
         with_documents: explain ``evaluation.report_documents`` contexts token by token too.
     """
@@ -72,55 +80,72 @@ def evaluate(
     was_training = lens.training
     lens.eval()
     with tqdm(total=2 * len(batches) + len(documents), desc="evaluate", unit="batch", disable=not progress) as bar:
-        texts, whole = _explanations(lens, loader, batches, bar)
-        rows = _statistics(lens, loader, batches, texts, partners(doc_ids), reference, bar)
+        said = _explanations(lens, loader, batches, search, bar)
+        rows = _row_statistics(lens, loader, batches, said.texts, partners(doc_ids), statistics, bar)
         explained = []
         for document in documents:
-            tokens = explain_ids(lens, document.pop("ids"), reference, options.batch_size)
+            tokens = explain_ids(lens, document.pop("ids"), statistics, search, options.batch_size)
             explained.append(document | {"tokens": [asdict(token) for token in tokens]})
             bar.update()
     lens.train(was_training)
     measured = {source: figures(each, doc_ids, options.bootstrap) for source, each in rows.items()}
-    examples = _examples(lens, loader.rows(range(min(options.examples, count))), texts, row_fve(rows["lens"]))
-    return Result(_setting(config, doc_ids), measured, float(np.mean(whole)), examples, explained)
+    examples = _examples(lens, loader.rows(range(min(options.examples, count))), said.texts, row_fve(rows["lens"]))
+    setting = _setting(config, doc_ids) | {"search": search.name}
+    return Result(setting, measured, float(np.mean(said.round_trips)), examples, explained)
 
 
-def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list[np.ndarray], bar: tqdm) -> tuple[list[str], list[bool]]:
-    """The explanation of every row, and whether it round-trips."""
-    texts, whole = [], []
+def training_statistics(config: Config, loaded: LoadedLens) -> tuple[ActivationStatistics, str]:
+    """What figures are measured against, and where it is from.
+
+    The training dump of the configuration that is evaluated, whatever the lens was started from; where that dump cannot be read, the
+    training rows' statistics that came with the lens.
+
+    Raises:
+        DataError: the training dump is of another subject or layer.
+    """
+    if config.on_the_fly:
+        return loaded.statistics, "kept in the checkpoint, trained on the fly"
+    try:
+        loader = ActivationLoader(mixture(config) or config.activation_dir("train"), 1, config.seed)
+    except DataError as error:
+        return loaded.statistics, f"kept in the checkpoint: {error}"
+    for reader in loader.readers:
+        reader.check_matches(model_identity(config))
+    return loader.statistics, "the training dump"
+
+
+def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list[np.ndarray], search: Search, bar: tqdm) -> Said:
+    """The explanation of every row."""
+    said = Said([], [])
     for numbers in batches:
-        ids_BT = lens.verbalize(loader.rows(numbers)["activation"])
-        said = to_texts(lens.tokenizer, ids_BT)
-        texts += said
-        whole += round_trips(lens.tokenizer, ids_BT, said)
+        batch = loader.rows(numbers)
+        part = search(lens, batch["activation"], batch["sample_id"])
+        said.texts += part.texts
+        said.round_trips += part.round_trips
         bar.update()
-    return texts, whole
+    return said
 
 
-def _statistics(
+def _row_statistics(
     lens: ConsistencyLens,
     loader: ActivationLoader,
     batches: list[np.ndarray],
     texts: list[str],
     others: np.ndarray,
-    reference: Reference,
+    statistics: ActivationStatistics,
     bar: tqdm,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Per-row statistics of every source."""
-    parts: dict[str, list] = {}
+    parts: dict[str, list] = {source: [] for source in SOURCES}
     for numbers in batches:
-        batch = {name: value.to(lens.mean.device) for name, value in loader.rows(numbers).items()}
-        sources = rebuilds(lens, batch, [texts[i] for i in numbers], [texts[i] for i in others[numbers]])
-        read = lens.read(batch)
-        true_BV = lens.subject.lm.logits(read.normed_BD)
-        for source, rebuilt in sources.items():
-            a_hat_BD, failed_B = mean_where_failed(rebuilt.a_hat_BD, lens.mean, rebuilt.failed_B)
-            logits_BV = lens.subject.patched_logits(read, a_hat_BD)
-            rows = row_statistics(batch["activation"], a_hat_BD, reference, failed_B)
-            parts.setdefault(source, []).append(rows | logit_statistics(true_BV, logits_BV))
+        batch = to_device(loader.rows(numbers), lens.mean.device)
+        mean_D = statistics.mean.to(batch["activation"])
+        given = Given(lens, batch, [texts[i] for i in numbers], [texts[i] for i in others[numbers]], mean_D)
+        score = RowScorer(lens, batch, statistics)
+        for name, source in SOURCES.items():
+            parts[name].append(score(source.rebuild(given)))
         bar.update()
-    rows = {source: join(each) for source, each in parts.items()}
-    return {source: each | {"kl_mean": rows["mean"]["kl"]} for source, each in rows.items()}
+    return {source: join(each) for source, each in parts.items()}
 
 
 def _examples(lens: ConsistencyLens, batch: dict[str, Tensor], texts: list[str], fve: np.ndarray) -> list[dict]:

@@ -2,20 +2,9 @@
 
 A row is one activation. Its statistics are computed batch by batch (:func:`row_statistics`, :func:`logit_statistics`), joined
 (:func:`join`), and only then made into figures (:func:`figures`): figures are ratios of sums over all rows, never means over batches.
+:class:`megalens.evaluate.measure.RowScorer` gives the statistics of a lens's rows.
 
-The trainer's validation, for each held-out batch::
-
-    reference = Reference.of(train_loader.reader)                            # the TRAINING activations' statistics
-    a_hat_BD = lens.reconstruct(ids_BT, lengths_B)
-    rows = row_statistics(batch["activation"], a_hat_BD, reference)
-    read = lens.read(batch)         # only for kl, kl_recovered and top1
-    a_hat_BD, _ = mean_where_failed(a_hat_BD, lens.mean)
-    patched = partial(lens.subject.patched_logits, read)
-    true_BV = lens.subject.lm.logits(read.normed_BD)
-    rows |= logit_statistics(true_BV, patched(a_hat_BD), patched(lens.mean.expand_as(a_hat_BD)))
-    parts.append(rows)
-
-and at the end ``figures(join(parts))`` gives ``{"fve": ..., "fve_nrm": ..., ...}``, to be logged as ``val/fve_nrm`` and so on.
+A new figure is an entry of :data:`FIGURES`; validation, evaluation, tables and the page take it from there.
 
 With u = a / |a|, mu and var the training mean and variance per dimension, and m the (un-normalised) training mean of u:
 
@@ -33,39 +22,88 @@ failed          share of rows without a usable explanation or rebuild; they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-QUANTILES = {"cos_q05": 0.05, "cos_q50": 0.5, "cos_q95": 0.95}
-_RATIOS = {  # figure: 1 - sum of the first / sum of the second
-    "fve": ("error", "spread"),
-    "fve_std": ("error_std", "spread_std"),
-    "fve_nrm": ("error_nrm", "spread_nrm"),
-    "kl_recovered": ("kl", "kl_mean"),
-}
-_MEANS = ("cos", "kl", "top1", "failed")
+from megalens.statistics import ActivationStatistics
+
+Rows = dict[str, np.ndarray]
 _CHUNK = 2**22  # elements of a bootstrap's work array
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What variance is explained against: statistics of the TRAINING activations, float64 ``[D]``.
+class Figure:
+    """A figure of some rows.
 
-    ``mean`` and ``var`` per dimension; ``mean_normalised``, the mean of the unit-normalised activations (itself not of unit length).
+    Args:
+        name: in files and tables.
+        needs: the row statistics it is made of; where rows lack one, there is no such figure.
+        value: from the statistics ``[N]`` and R weightings of the rows ``[R, N]`` to the figure under each ``[R]``.
+        table: the number of the table that shows it; None: files alone.
+        meaning: for the page's readers.
     """
 
-    mean: np.ndarray
-    var: np.ndarray
-    mean_normalised: np.ndarray
+    name: str
+    needs: tuple[str, ...]
+    value: Callable[[Rows, np.ndarray], np.ndarray]
+    table: int | None = None
+    meaning: str = ""
 
-    @classmethod
-    def of(cls, statistics) -> Reference:
-        """From whatever has these three as attributes: the training dump's ``ShardReader``, for one."""
-        return cls(*(np.asarray(getattr(statistics, name).cpu(), np.float64) for name in ("mean", "var", "mean_normalised")))
+
+def _explained(name: str, error: str, spread: str, meaning: str) -> Figure:
+    def value(rows: Rows, weights_RN: np.ndarray) -> np.ndarray:
+        return 1 - weights_RN @ rows[error] / np.maximum(weights_RN @ rows[spread], 1e-12)
+
+    return Figure(name, (error, spread), value, 0, meaning)
+
+
+def _mean(name: str, meaning: str) -> Figure:
+    return Figure(name, (name,), lambda rows, weights_RN: weights_RN @ rows[name] / weights_RN.sum(1), 1, meaning)
+
+
+def _quantile(name: str, of: str, share: float) -> Figure:
+    def value(rows: Rows, weights_RN: np.ndarray) -> np.ndarray:
+        order = np.argsort(rows[of])
+        reached = np.cumsum(weights_RN[:, order], axis=1)
+        place = (reached < share * weights_RN.sum(1)[:, None]).sum(1)  # the smallest value that this share of the rows does not exceed
+        return rows[of][order][np.minimum(place, len(order) - 1)]
+
+    return Figure(name, (of,), value)
+
+
+FIGURES = (
+    _explained(
+        "fve_nrm",
+        "error_nrm",
+        "spread_nrm",
+        "share of the variance of the unit-length activations that the rebuilds explain, against the mean of the training ones; 1 is "
+        "perfect, 0 is no better than that mean. A constant rebuild, itself of unit length, scores below 0.",
+    ),
+    _explained(
+        "fve_std", "error_std", "spread_std", "the same on the activations themselves, each dimension divided by its standard deviation."
+    ),
+    _explained("fve", "error", "spread", "the same on the raw activations; a few dimensions and positions of huge norm dominate it."),
+    _explained(
+        "kl_recovered",
+        "kl",
+        "kl_mean",
+        "1 - kl / (kl with the mean activation patched in): what of the subject's next-token prediction survives when the rebuild "
+        "replaces the activation.",
+    ),
+    _mean("cos", "mean cosine between activation and rebuild."),
+    _mean("kl", "KL divergence, in nats, between the subject's next-token predictions with the activation and with the rebuild."),
+    _mean("top1", "share of rows where the most likely next token stays the same."),
+    _mean("failed", "share of rows without a usable text or rebuild; they are scored as the mean activation."),
+    _quantile("cos_q05", "cos", 0.05),
+    _quantile("cos_q50", "cos", 0.5),
+    _quantile("cos_q95", "cos", 0.95),
+)
+TABLES = tuple(tuple(figure.name for figure in FIGURES if figure.table == table) for table in (0, 1))
+"""The names of the figures in each table."""
 
 
 def mean_where_failed(a_hat_BD: Tensor, mean_D: Tensor, failed_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,51 +117,55 @@ def mean_where_failed(a_hat_BD: Tensor, mean_D: Tensor, failed_B: Tensor | None 
     return torch.where(failed[:, None], mean_D.to(a_hat_BD), a_hat_BD), failed
 
 
-def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, reference: Reference, failed_B: Tensor | None = None) -> dict[str, np.ndarray]:
+def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, statistics: ActivationStatistics, failed_B: Tensor | None = None) -> Rows:
     """Squared errors and spreads of each row in the three spaces, its cosine, and whether it failed; float64 ``[B]`` each.
 
     Args:
         a_BD: activations.
         a_hat_BD: their rebuilds; rows that are not finite are scored as the mean activation.
-        reference: the training activations' statistics.
+        statistics: the training activations' statistics.
         failed_B: rows that failed for another reason (no text); scored as the mean activation too.
     """
-    a = _numpy(a_BD)
-    a_hat, failed = mean_where_failed(torch.as_tensor(a_hat_BD).cpu().double(), torch.from_numpy(reference.mean), failed_B)
+    a, mean, var = _numpy(a_BD), _numpy(statistics.mean), _numpy(statistics.var)
+    a_hat, failed = mean_where_failed(torch.as_tensor(a_hat_BD).cpu().double(), torch.from_numpy(mean), failed_B)
     a_hat = a_hat.numpy()
-    inverse_std = np.where(reference.var > 0, 1 / np.sqrt(np.where(reference.var > 0, reference.var, 1)), 0)
+    inverse_std = np.where(var > 0, 1 / np.sqrt(np.where(var > 0, var, 1)), 0)
     u, u_hat = _unit(a), _unit(a_hat)
     return {
         "error": _squares(a - a_hat),
-        "spread": _squares(a - reference.mean),
+        "spread": _squares(a - mean),
         "error_std": _squares((a - a_hat) * inverse_std),
-        "spread_std": _squares((a - reference.mean) * inverse_std),
-        "error_nrm": _squares(u - u_hat),
-        "spread_nrm": _squares(u - reference.mean_normalised),
+        "spread_std": _squares((a - mean) * inverse_std),
+        "error_nrm": normalised_error(a, a_hat),
+        "spread_nrm": _squares(u - _numpy(statistics.mean_normalised)),
         "cos": (u * u_hat).sum(-1),
         "failed": _numpy(failed),
     }
 
 
-def logit_statistics(gold_BV: Tensor, patched_BV: Tensor, mean_patched_BV: Tensor | None = None) -> dict[str, np.ndarray]:
-    """``kl`` and ``kl_mean`` (nats) and ``top1`` (0 or 1) of each row, float64 ``[B]``.
+def normalised_error(a_BD, a_hat_BD) -> np.ndarray:
+    """``|u - u_hat|^2`` of each row ``[B]``, float64; between 0 and 4."""
+    return _squares(_unit(_numpy(a_BD)) - _unit(_numpy(a_hat_BD)))
+
+
+def logit_statistics(true_BV: Tensor, patched_BV: Tensor) -> Rows:
+    """``kl`` (nats) and ``top1`` (0 or 1) of each row, float64 ``[B]``.
 
     Args:
-        gold_BV: the subject's next-token logits, untouched.
+        true_BV: the subject's next-token logits, untouched.
         patched_BV: the same with the rebuild patched in at P.
-        mean_patched_BV: the same with the mean activation patched in; without it there is no ``kl_mean``, and no ``kl_recovered``.
     """
-    p = gold_BV.float().log_softmax(-1)
-    rows = {"kl": _numpy(_kl(p, patched_BV)), "top1": _numpy(gold_BV.argmax(-1) == patched_BV.argmax(-1))}
-    return rows if mean_patched_BV is None else rows | {"kl_mean": _numpy(_kl(p, mean_patched_BV))}
+    p = true_BV.float().log_softmax(-1)
+    kl_B = (p.exp() * (p - patched_BV.float().log_softmax(-1))).sum(-1)
+    return {"kl": _numpy(kl_B), "top1": _numpy(true_BV.argmax(-1) == patched_BV.argmax(-1))}
 
 
-def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def join(parts: list[Rows]) -> Rows:
     """The statistics of several batches as one."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def row_fve(rows: dict[str, np.ndarray]) -> np.ndarray:
+def row_fve(rows: Rows) -> np.ndarray:
     """``1 - |u - u_hat|^2 / |u - m|^2`` of each row, ``[B]``: the share of ``fve_nrm`` that is this row's own.
 
     ``fve_nrm`` is the mean of these weighted by ``|u - m|^2``. It has no lower bound; a row that lies near the mean can score far below 0.
@@ -131,7 +173,7 @@ def row_fve(rows: dict[str, np.ndarray]) -> np.ndarray:
     return 1 - rows["error_nrm"] / np.maximum(rows["spread_nrm"], 1e-12)
 
 
-def figures(rows: dict[str, np.ndarray], doc_ids: np.ndarray | None = None, bootstrap: int = 0, seed: int = 0) -> dict[str, float]:
+def figures(rows: Rows, doc_ids: np.ndarray | None = None, bootstrap: int = 0, seed: int = 0) -> dict[str, float]:
     """All figures of the rows; those of the logits where the rows have them.
 
     Args:
@@ -153,18 +195,9 @@ def figures(rows: dict[str, np.ndarray], doc_ids: np.ndarray | None = None, boot
     return result
 
 
-def _weighted_figures(rows: dict[str, np.ndarray], weights_RN: np.ndarray) -> dict[str, np.ndarray]:
+def _weighted_figures(rows: Rows, weights_RN: np.ndarray) -> Rows:
     """Figures ``[R]`` under R different weightings of the rows."""
-    totals = {name: weights_RN @ value for name, value in rows.items()}
-    count = weights_RN.sum(1)
-    result = {name: 1 - totals[over] / np.maximum(totals[under], 1e-12) for name, (over, under) in _RATIOS.items() if under in rows}
-    result |= {name: totals[name] / count for name in _MEANS if name in rows}
-    order = np.argsort(rows["cos"])
-    reached = np.cumsum(weights_RN[:, order], axis=1)
-    for name, share in QUANTILES.items():
-        place = (reached < share * count[:, None]).sum(1)  # the smallest value that at least this share of the rows does not exceed
-        result[name] = rows["cos"][order][np.minimum(place, len(order) - 1)]
-    return result
+    return {figure.name: figure.value(rows, weights_RN) for figure in FIGURES if all(name in rows for name in figure.needs)}
 
 
 def _resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
@@ -177,10 +210,6 @@ def _resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.nd
         size = min(step, bootstrap - start)
         drawn = draw.integers(0, documents, (size, documents)) + documents * np.arange(size)[:, None]
         yield np.bincount(drawn.ravel(), minlength=size * documents).reshape(size, documents)[:, document].astype(np.float64)
-
-
-def _kl(p_BV: Tensor, q_logits_BV: Tensor) -> Tensor:
-    return (p_BV.exp() * (p_BV - q_logits_BV.float().log_softmax(-1))).sum(-1)
 
 
 def _unit(a_BD: np.ndarray) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 from megalens.evaluate.page import escape
 
@@ -14,21 +12,6 @@ CURVES = (
     ("held-out kl_recovered", ("val/kl_recovered",)),
 )
 _STROKES = ("var(--soft)", "var(--accent)")
-
-
-def read_curve(path: Path) -> list[dict]:
-    """The lines of a run's ``metrics.jsonl``; none where there is no such file. A last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
 
 
 def intervals(rows: list[tuple[str, float, float, float, bool]], low: float = -1.0, high: float = 1.0) -> str:

@@ -6,26 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
+from megalens.evaluate.metrics import FIGURES, TABLES
 from megalens.evaluate.page import coloured, escape, legend, page, shade
 from megalens.evaluate.plots import curves, intervals
-from megalens.evaluate.table import BLOCKS, describe, number
-from megalens.explain.tokens import TokenExplanation
+from megalens.evaluate.table import describe, number
+from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
-
-_DEFINITIONS = {
-    "fve_nrm": "share of the variance of the unit-length activations that the rebuilds explain, against the mean of the training ones; "
-    "1 is perfect, 0 is no better than that mean. A constant rebuild, itself of unit length, scores below 0.",
-    "fve_std": "the same on the activations themselves, each dimension divided by its standard deviation.",
-    "fve": "the same on the raw activations; a few dimensions and positions of huge norm dominate it.",
-    "kl_recovered": "1 &minus; kl / (kl with the mean activation patched in): what of the subject&rsquo;s next-token prediction survives "
-    "when the rebuild replaces the activation.",
-    "cos": "mean cosine between activation and rebuild.",
-    "kl": "KL divergence, in nats, between the subject&rsquo;s next-token predictions with the activation and with the rebuild.",
-    "top1": "share of rows where the most likely next token stays the same.",
-    "failed": "share of rows without a usable text or rebuild; they are scored as the mean activation.",
-}
 
 
 def save(run: str | Path, result: Result, curve: list[dict]) -> None:
@@ -33,7 +21,7 @@ def save(run: str | Path, result: Result, curve: list[dict]) -> None:
 
     Args:
         run: the folder; its name is the report's title.
-        curve: lines of the run's ``metrics.jsonl`` (:func:`megalens.evaluate.plots.read_curve`).
+        curve: lines of the run's ``metrics.jsonl`` (:func:`megalens.training.track.read_curve`).
     """
     _save(Path(run) / "evaluation.json", json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
     _save(Path(run) / "report.html", render(result, Path(run).resolve().name, curve))
@@ -54,7 +42,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         f"A copy is the context&rsquo;s own last {s['t_text']} tokens in the explanation&rsquo;s place: it needs no lens, and a lens earns "
         "its name when it beats it.</p>",
         "<h2>Every figure</h2>",
-        *(_table(result, names) for names in BLOCKS),
+        *(_table(result, names) for names in TABLES),
         f'<p class="soft">{escape(describe(result))} {result.roundtrip:.1%} of the explanations are re-tokenised to the very tokens '
         "that were said; all are read from their string.</p>",
         _definitions(),
@@ -96,6 +84,7 @@ def _setting(s: dict) -> str:
         "subject": s["model"],
         "after block": s["layer_l"],
         "tokens per explanation": s["t_text"],
+        "search": s["search"],
         "training": s.get("trained"),
         "trained weights": s["train_mode"],
         "text": s["dataset"],
@@ -112,7 +101,7 @@ def _forest(result: Result) -> str:
     for source, figures in _sources(result):
         value = figures["fve_nrm"]
         ends = (figures.get("fve_nrm_low", value), figures.get("fve_nrm_high", value))
-        rows.append((LABELS[source], value, *ends, source == "lens"))
+        rows.append((SOURCES[source].label, value, *ends, source == "lens"))
     return intervals(rows)
 
 
@@ -122,7 +111,7 @@ def _table(result: Result, names: tuple[str, ...]) -> str:
     for source, figures in _sources(result):
         cells = "".join(f"<td>{_cell(figures, name)}</td>" for name in names)
         ours = ' class="ours"' if source == "lens" else ""
-        rows.append(f'<tr{ours}><th scope="row">{escape(LABELS[source])}</th>{cells}</tr>')
+        rows.append(f'<tr{ours}><th scope="row">{escape(SOURCES[source].label)}</th>{cells}</tr>')
     return f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -134,11 +123,11 @@ def _cell(figures: dict[str, float], name: str) -> str:
 
 
 def _sources(result: Result) -> list[tuple[str, dict[str, float]]]:
-    return [(source, result.figures[source]) for source in LABELS if source in result.figures]
+    return [(source, result.figures[source]) for source in SOURCES if source in result.figures]
 
 
 def _definitions() -> str:
-    items = "".join(f"<p><code>{name}</code>: {text}</p>" for name, text in _DEFINITIONS.items())
+    items = "".join(f"<p><code>{figure.name}</code>: {escape(figure.meaning)}</p>" for figure in FIGURES if figure.meaning)
     return f'<details><summary>what the figures mean</summary><div class="soft">{items}</div></details>'
 
 

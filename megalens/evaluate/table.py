@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from megalens.evaluate.baselines import LABELS
+from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
+from megalens.evaluate.metrics import TABLES
 from megalens.evaluate.text import visible
-
-BLOCKS = (("fve_nrm", "fve_std", "fve", "kl_recovered"), ("cos", "kl", "top1", "failed"))
 
 
 def table(result: Result) -> str:
     """Aligned plain text: one line per source, 95 % intervals in brackets."""
     blocks = []
-    for names in BLOCKS:
+    for names in TABLES:
         rows = [["", *names]]
-        for source, label in LABELS.items():
+        for source, (label, _) in SOURCES.items():
             if source in result.figures:
                 rows.append([label, *(interval(result.figures[source], name) for name in names)])
         blocks.append(align(rows))
@@ -52,7 +51,8 @@ def describe(result: Result) -> str:
     s = result.setting
     return (
         f"{s['rows']} held-out activations of {s['documents']} documents ({s['dataset']}), {s['model']}, layer {s['layer_l']}, "
-        f"explanations and copies of {s['t_text']} tokens; brackets: 95 % interval over documents ({s['bootstrap']} resamples)."
+        f"explanations ({s['search']}) and copies of {s['t_text']} tokens; measured against the statistics of the training "
+        f"activations ({s['statistics']}); brackets: 95 % interval over documents ({s['bootstrap']} resamples)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Explanations as text: what a reader is given, and what the reconstructor may read. Only what survives as a string counts."""
+"""Token ids to strings and back. An explanation is measured as the string that a reader sees, tokenised again."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ _PICTURES = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def to_texts(tokenizer, ids_BT: Tensor) -> list[str]:
-    """The strings of right-open token rows; special tokens are no text and vanish."""
+    """The string of each row of tokens, special tokens left out."""
     return tokenizer.batch_decode(ids_BT.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def to_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of strings, nothing put before or behind; the name of a special token inside a string is plain text."""
+    """Token ids of strings, without BOS or EOS. The name of a special token inside a string is plain text."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids ``[B, T]`` and lengths ``[B]``; T is the longest row's, 0 when all are empty."""
+    """Right-padded ids ``[B, T]`` and lengths ``[B]``. T is the longest row's, at least 1: empty texts run the same blocks as others."""
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    ids_BT = torch.zeros(len(rows), int(lengths_B.max()) if rows else 0, dtype=torch.long)
+    ids_BT = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.long)
     for i, row in enumerate(rows):
         ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids_BT, lengths_B
 
 
 def is_text(text: str) -> bool:
-    """Does a string say anything: more than white space and replacement characters (bytes that decode to nothing)?"""
+    """Does a string hold more than white space and replacement characters (bytes that are no text)?"""
     return bool(text.replace("\ufffd", "").strip())
 
 
 def round_trips(tokenizer, ids_BT: Tensor, texts: list[str]) -> list[bool]:
-    """Which rows are, token for token, what their own string is tokenised to."""
+    """For each row, whether its string is tokenised to the very same tokens."""
     return [row == again for row, again in zip(ids_BT.tolist(), to_ids(tokenizer, texts), strict=True)]
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, spaces kept; joined, they are the text of all.
+    """The text of each token with its spaces; joined, they are the whole text.
 
-    A token that ends inside a character is empty, and the one that completes it holds the character.
+    A token that ends inside a character gives an empty string; the token that completes the character gives all of it.
     """
-    result, start, said = [], 0, 0  # the window begins at a token that is already written, so that its leading space is not lost
+    result, start, said = [], 0, 0  # decode from one token earlier: some tokenizers drop the first token's leading space
     for end in range(1, len(ids) + 1):
         before = _decode(tokenizer, ids[start:said])
         text = _decode(tokenizer, ids[start:end])
@@ -62,7 +62,8 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 
 def visible(text: str) -> str:
-    """A string that can be printed on one line of any terminal or page: control and direction-changing characters become signs."""
+    """A string that is safe to print on one line of a terminal or page. Line breaks and tabs become arrows, other control characters and
+    those that change the direction of writing become replacement characters."""
     return "".join(_PICTURES.get(c, "\ufffd" if _is_control(c) else c) for c in text)
 
 

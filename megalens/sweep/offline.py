@@ -23,7 +23,6 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from megalens.data.shards import read_meta
 from megalens.device import resolve_device
-from megalens.evaluate.plots import read_curve
 from megalens.schedule import duration_steps, duration_text, parse_duration
 from megalens.sweep import SweepError
 from megalens.sweep.file import SweepFile
@@ -32,6 +31,7 @@ from megalens.sweep.trial import OFFLINE, outside_the_sweep
 from megalens.training.progress import clock_of
 from megalens.training.ready import check_ready
 from megalens.training.signals import end_with_parent
+from megalens.training.track import read_curve
 
 _GLANCE = 2.0  # seconds between looks at what a new trial logs
 _FAILURES = 3  # so many failed trials and not one that ended: the fault is not the parameters'

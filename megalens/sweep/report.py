@@ -11,11 +11,11 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from megalens.evaluate.page import escape, page
-from megalens.evaluate.plots import read_curve
 from megalens.files import new_file
 from megalens.sweep.file import SweepFile
 from megalens.sweep.offline import command_of, run_name, trial_config
 from megalens.sweep.search import Search, point_of
+from megalens.training.track import read_curve
 
 _STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed", TrialState.RUNNING: "running"}
 

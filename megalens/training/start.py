@@ -17,13 +17,13 @@ from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import check_checkpoint, read_json
-from megalens.checkpoint.formats.megalens import check_subject, read_about, read_statistics, read_weights
+from megalens.checkpoint.formats.megalens import check_subject, read_about, read_standard, read_statistics, read_weights
 from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
 from megalens.device import resolve_dtype
 from megalens.engine import rank_and_size
 from megalens.files import Lock
-from megalens.statistics import Statistics
+from megalens.statistics import ActivationStatistics
 from megalens.training.progress import TRAINER_VERSION, Progress
 
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
@@ -37,13 +37,17 @@ class Start:
     """What a training starts with.
 
     Attributes:
+        progress: where it stands.
+        statistics: of its own training activations, what its figures are measured against.
+        standard: mean and variance ``[D]`` by which the lens standardises activations: those of the rows it was first trained on.
         weights: by stable names; None for a fresh lens.
         resumed: the checkpoint it goes on from, whose optimizer state it takes over as well.
         where: where it starts, for people.
     """
 
     progress: Progress
-    statistics: Statistics
+    statistics: ActivationStatistics
+    standard: tuple[Tensor, Tensor]
     weights: dict[str, Tensor] | None = None
     resumed: Path | None = None
     where: str = "fresh"
@@ -123,7 +127,7 @@ def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
 
     Args:
         run: its folder.
-        loader: of the training rows, for the statistics of a fresh lens.
+        loader: of the training rows, for their statistics.
         same: its :func:`identity`.
 
     Raises:
@@ -132,8 +136,9 @@ def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
     if config.checkpoint.resume and run.last is not None:
         return _resumed(run, same)
     if config.init_from is not None:
-        return _initialised(config, same["model_name"], loader.reader.meta["d"])
-    return Start(Progress(), Statistics.of(loader))
+        return _initialised(config, same["model_name"], loader)
+    statistics = loader.statistics
+    return Start(Progress(), statistics, (statistics.mean, statistics.var))
 
 
 def _resumed(run: RunFolder, same: dict) -> Start:
@@ -148,7 +153,7 @@ def _resumed(run: RunFolder, same: dict) -> Start:
         mend = "set it back, choose another run_name, or start anew with checkpoint.resume=false"
         raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
     where = f"{run.last.name} of {run.folder}"
-    return Start(progress, read_statistics(run.last), read_weights(run.last), run.last, where)
+    return Start(progress, read_statistics(run.last), read_standard(run.last), read_weights(run.last), run.last, where)
 
 
 def _progress(saved: dict, folder: Path) -> Progress:
@@ -190,16 +195,16 @@ def _check_together(folder: Path) -> None:
         raise CheckpointError(problem)
 
 
-def _initialised(config: Config, fingerprint: str, width: int) -> Start:
-    folder = source_folder(config)
-    about, statistics = read_about(folder), read_statistics(folder)
+def _initialised(config: Config, fingerprint: str, loader) -> Start:
+    folder, width = source_folder(config), loader.reader.meta["d"]
+    about = read_about(folder)
     check_subject(folder, fingerprint)
     if about["width"] != width:
         raise CheckpointError(f"init_from={config.init_from} is of another width: {about['width']}, the activations here are of {width}")
     layer = about["subject"]["layer_l"]
     if layer != config.layer_l:
         raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={layer}, not of layer_l={config.layer_l}")
-    return Start(Progress(), statistics, read_weights(folder), where=str(folder))
+    return Start(Progress(), loader.statistics, read_standard(folder), read_weights(folder), where=str(folder))
 
 
 def source_folder(config: Config) -> Path:

@@ -59,8 +59,18 @@ class Curve:
 
 
 def read_curve(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's ``metrics.jsonl``; none where there is no such file. A line that a kill cut short is left out."""
+    if not Path(path).is_file():
+        return []
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
 
 
 class Console:

@@ -23,7 +23,7 @@ from megalens.files import save_json
 from megalens.lens.names import GROUPS, stable_names
 from megalens.objective import Step
 from megalens.schedule import duration_steps, lr_factor
-from megalens.statistics import Statistics
+from megalens.statistics import ActivationStatistics
 from megalens.training.background import Background
 from megalens.training.progress import TRAINER_VERSION, Progress, TrainingError, clock_of, first_not_finite
 from megalens.training.signals import StopSignals
@@ -44,7 +44,7 @@ class Trainer:
         lens: the module inside the engine.
         loader: batches of this rank.
         validator: measures on held-out rows.
-        statistics: of the training activations.
+        statistics: of the training activations, kept in every checkpoint.
         progress: where it stands; a fresh one, or a checkpoint's.
         identity: what a resume must find unchanged; kept in ``trainer.json``.
         run: what it writes.
@@ -57,7 +57,7 @@ class Trainer:
         lens,
         loader,
         validator: Validator,
-        statistics: Statistics,
+        statistics: ActivationStatistics,
         progress: Progress,
         identity: dict,
         run: Run,
@@ -244,7 +244,8 @@ class Trainer:
                 run.add_part(name, self.engine.rank, paths)
             return
         try:
-            save_lens(folder, self.config, weights, self.statistics, self.lens.subject.fingerprint)
+            standard = (self.lens.mean, self.lens.var)
+            save_lens(folder, self.config, weights, self.statistics, standard, self.lens.subject.fingerprint)
             optimizer.write(folder / "engine", "optimizer")
             state = {"format_version": TRAINER_VERSION, "progress": progress, "identity": self.identity}
             save_json(folder / "trainer.json", state | {"world_size": self.engine.world_size})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megalens.statistics import Statistics
+from megalens.statistics import ActivationStatistics
 
 if TYPE_CHECKING:
     from megalens.lens.lens import ConsistencyLens
@@ -17,7 +17,7 @@ class LoadedLens:
     """A lens ready to use (``lens.eval()``), and the statistics of the activations it was trained on."""
 
     lens: ConsistencyLens
-    statistics: Statistics
+    statistics: ActivationStatistics
 
 
 class Format(Protocol):

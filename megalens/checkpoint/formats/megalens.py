@@ -22,10 +22,11 @@ from megalens.engine.state import OptimizerState, Part, copied, part_files
 from megalens.families.loading import subject_fingerprint
 from megalens.files import save_json, save_tensors
 from megalens.lens.names import stable_names
-from megalens.statistics import Statistics
+from megalens.statistics import ActivationStatistics
 
 FORMAT = "megalens-lens"
 VERSION = 2
+_STANDARD = ("standard_mean", "standard_var")
 
 
 class Megalens:
@@ -44,7 +45,7 @@ class Megalens:
 
         config, statistics = read_config(folder, **changes), read_statistics(folder)
         check_subject(folder, subject_fingerprint(config))
-        lens = build_lens(config, statistics.mean, statistics.var)
+        lens = build_lens(config, *read_standard(folder))
         lens.load_lens_state(read_weights(folder))
         return LoadedLens(lens.eval(), statistics)
 
@@ -53,15 +54,20 @@ class Megalens:
         folder.mkdir(parents=True, exist_ok=True)
         lens = loaded.lens
         weights = {stable: copied(lens.get_parameter(name)) for name, stable in stable_names(lens.lens_state_names()).items()}
-        paths = save_lens(folder, lens.config, Part(weights), loaded.statistics, lens.subject.fingerprint)
+        standard = (lens.mean, lens.var)
+        paths = save_lens(folder, lens.config, Part(weights), loaded.statistics, standard, lens.subject.fingerprint)
         write_sums(folder, sums_of(folder, paths))
 
 
-def save_lens(folder: Path, config: Config, weights: Part, statistics: Statistics, fingerprint: str) -> list[Path]:
+def save_lens(
+    folder: Path, config: Config, weights: Part, statistics: ActivationStatistics, standard: tuple[Tensor, Tensor], fingerprint: str
+) -> list[Path]:
     """Write a lens into a folder; of large weights only this rank's part.
 
     Args:
         weights: by stable names.
+        statistics: of the training activations, what figures are measured against.
+        standard: mean and variance ``[D]`` by which the lens standardises activations; others where it was started from another lens.
         fingerprint: of the subject's weights.
 
     Returns:
@@ -76,7 +82,9 @@ def save_lens(folder: Path, config: Config, weights: Part, statistics: Statistic
         "config": config_to_dict(config),
     }
     written = weights.write(folder, "lens")
-    save_tensors(folder / "stats.safetensors", {f.name: getattr(statistics, f.name) for f in dataclasses.fields(Statistics)})
+    kept = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(ActivationStatistics)}
+    kept |= {name: value.cpu().clone() for name, value in zip(_STANDARD, standard, strict=True)}
+    save_tensors(folder / "stats.safetensors", kept)
     save_json(folder / "lens.json", about)
     return [*written, folder / "stats.safetensors", folder / "lens.json"]
 
@@ -154,13 +162,25 @@ def read_optimizer(folder: str | Path, names: Sequence[str]) -> OptimizerState:
     return OptimizerState(Path(folder) / "engine", None if is_old else stable_names(names))
 
 
-def read_statistics(folder: str | Path) -> Statistics:
+def read_statistics(folder: str | Path) -> ActivationStatistics:
     """The statistics of the activations it was trained on.
 
     Raises:
         CheckpointError: they are missing or damaged.
     """
-    return Statistics(**read_tensors(Path(folder) / "stats.safetensors"))
+    kept = read_tensors(Path(folder) / "stats.safetensors")
+    return ActivationStatistics(**{name: value for name, value in kept.items() if name not in _STANDARD})
+
+
+def read_standard(folder: str | Path) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[D]`` by which the lens standardises activations; older checkpoints have them as its statistics alone.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    kept = read_tensors(Path(folder) / "stats.safetensors")
+    mean_D, var_D = (kept.get(name, kept[name.removeprefix("standard_")]) for name in _STANDARD)
+    return mean_D, var_D
 
 
 def check_subject(folder: str | Path, fingerprint: str) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from megalens.data import DataError
@@ -20,6 +19,7 @@ from megalens.data.identity import first_difference
 from megalens.data.shards.meta import REDUMP, read_meta
 from megalens.data.shards.rows import batch_sizes, decode_rows
 from megalens.files import Folder
+from megalens.statistics import ActivationStatistics
 
 _OPEN_SHARDS = 64
 
@@ -37,7 +37,7 @@ class ShardReader:
         meta: the contents of ``meta.json``.
         identity: a hash of the rows it holds.
         batch_rows: rows of each record batch, over all shards in order, int64.
-        mean, var, mean_normalised: of the whole folder, float32 ``[d]`` (the last: of the unit-length activations).
+        statistics: of the whole folder's activations.
 
     Raises:
         DataError: no finished dump there, or ``meta.json`` is damaged.
@@ -50,9 +50,7 @@ class ShardReader:
         per_shard = [batch_sizes(shard["rows"], self.meta["rows_per_batch"]) for shard in self.meta["shards"]]
         self.batch_rows = np.concatenate(per_shard)
         self._place = [(shard, batch) for shard, rows in enumerate(per_shard) for batch in range(len(rows))]
-        self.mean, self.var, self.mean_normalised = (
-            torch.tensor(self.meta[name], dtype=torch.float64).float() for name in ("mean", "variance", "mean_normalised")
-        )
+        self.statistics = ActivationStatistics.from_meta(self.meta)
         self._scale_D = np.array(self.meta["int8_scale"], np.float32) if encoding_of(self.meta["encoding"]).scaled else None
         self._verified: set[int] = set()
         self._begin()

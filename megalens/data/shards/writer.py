@@ -174,7 +174,7 @@ def _summary(records: list[dict], scale: list[float] | None) -> dict:
     moments = Moments.from_json(records[0]["moments"])
     for record in records[1:]:
         moments = moments + Moments.from_json(record["moments"])
-    found = {"shards": [record["shard"] for record in records], **moments.summary()}
+    found = {"shards": [record["shard"] for record in records], **moments.statistics().to_meta()}
     if scale is None:
         return found
     variance_D, lost = np.array(found["variance"]), sum(np.array(record["lost"]) for record in records)

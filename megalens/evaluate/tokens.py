@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megalens.evaluate.baselines import read_by_lens
-from megalens.evaluate.metrics import Reference, row_fve, row_statistics
-from megalens.evaluate.text import pieces, to_texts
+from megalens.evaluate.measure import Search, read_by_lens
+from megalens.evaluate.metrics import row_fve, row_statistics
+from megalens.evaluate.text import pieces
 from megalens.lens.lens import ConsistencyLens
+from megalens.statistics import ActivationStatistics
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,27 @@ class TokenExplanation:
         explanation: what the lens says.
         fve: ``1 - |u - u_hat|^2 / |u - m|^2`` (:func:`megalens.evaluate.metrics.row_fve`): 1 is a perfect rebuild of the activation's
             direction from the explanation alone, 0 is no better than the training mean, below 0 is worse than it.
+        search: how the explanation was chosen, e.g. ``greedy``.
     """
 
     token: str
     explanation: str
     fve: float
+    search: str
 
 
 @torch.no_grad()
-def explain_ids(lens: ConsistencyLens, ids: list[int], reference: Reference, batch_size: int = 64) -> list[TokenExplanation]:
+def explain_ids(
+    lens: ConsistencyLens, ids: list[int], statistics: ActivationStatistics, search: Search, batch_size: int = 64
+) -> list[TokenExplanation]:
     """Explain every position of a token sequence, the first ones (attention sinks, which no lens was trained on) included."""
     resid_CD = lens.subject.residual(torch.tensor([ids], device=lens.mean.device))[0].float()
+    position_C = torch.arange(len(ids), device=resid_CD.device)
     texts, fve = [], []
-    for a_BD in resid_CD.split(batch_size):
-        said = to_texts(lens.tokenizer, lens.verbalize(a_BD))
-        rebuilt = read_by_lens(lens, said)
-        fve += row_fve(row_statistics(a_BD, rebuilt.a_hat_BD, reference, rebuilt.failed_B)).tolist()
+    for a_BD, position_B in zip(resid_CD.split(batch_size), position_C.split(batch_size), strict=True):
+        said = search(lens, a_BD, position_B).texts
+        rebuild = read_by_lens(lens, said)
+        fve += row_fve(row_statistics(a_BD, rebuild.a_hat_BD, statistics, rebuild.failed_B)).tolist()
         texts += said
-    return [TokenExplanation(*each) for each in zip(pieces(lens.tokenizer, ids), texts, fve, strict=True)]
+    tokens = pieces(lens.tokenizer, ids)
+    return [TokenExplanation(*each, search.name) for each in zip(tokens, texts, fve, strict=True)]

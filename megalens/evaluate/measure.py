@@ -1,0 +1,78 @@
+"""From explanations to what they score, row by row. Validation, the choice of the best checkpoint, evaluation and page all measure here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalens.evaluate.metrics import logit_statistics, mean_where_failed, row_statistics
+from megalens.evaluate.text import is_text, pad, to_ids
+from megalens.lens.lens import ConsistencyLens
+from megalens.statistics import ActivationStatistics
+
+
+@dataclass
+class Said:
+    """Explanations of some activations, and whether each is re-tokenised to the very tokens that were said."""
+
+    texts: list[str]
+    round_trips: list[bool]
+
+
+class Search(Protocol):
+    """A way to choose explanations; ``name`` stands beside every figure of them."""
+
+    @property
+    def name(self) -> str:
+        """For example ``greedy``."""
+        ...
+
+    def __call__(self, lens: ConsistencyLens, a_BD: Tensor, row_B: Tensor) -> Said:
+        """Explain activations ``[B, D]``; ``row_B`` (int64) numbers the rows for the noise."""
+        ...
+
+
+@dataclass
+class Rebuild:
+    """Rebuilt activations ``[B, D]`` (float32) and the rows that failed because their text says nothing ``[B]``."""
+
+    a_hat_BD: Tensor
+    failed_B: Tensor
+
+
+def read_by_lens(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
+    """What the reconstructor makes of strings."""
+    a_hat_BD = lens.reconstruct(*pad(to_ids(lens.tokenizer, texts)))
+    return Rebuild(a_hat_BD, torch.tensor([not is_text(text) for text in texts], device=a_hat_BD.device))
+
+
+class RowScorer:
+    """Scores any rebuild of one batch; its contexts are read once.
+
+    How often the lens is called does not depend on the rows or their texts, so ranks that share its weights can score different rows.
+
+    Args:
+        lens: with its subject.
+        batch: rows on the lens's device.
+        statistics: of the TRAINING activations.
+    """
+
+    def __init__(self, lens: ConsistencyLens, batch: dict[str, Tensor], statistics: ActivationStatistics):
+        self.subject, self.statistics, self.a_BD = lens.subject, statistics, batch["activation"]
+        self._mean_D = statistics.mean.to(self.a_BD)
+        self._read = lens.read(batch)
+        self._true_BV = self.subject.lm.logits(self._read.normed_BD)
+        self._kl_mean_B = self._logits(self._mean_D.expand_as(self.a_BD))["kl"]
+
+    def __call__(self, rebuild: Rebuild) -> dict[str, np.ndarray]:
+        """All row statistics of :mod:`megalens.evaluate.metrics`, float64 ``[B]`` each; a failed row scores as the mean activation."""
+        a_hat_BD, failed_B = mean_where_failed(rebuild.a_hat_BD, self._mean_D, rebuild.failed_B)
+        rows = row_statistics(self.a_BD, a_hat_BD, self.statistics, failed_B)
+        return rows | self._logits(a_hat_BD) | {"kl_mean": self._kl_mean_B}
+
+    def _logits(self, a_hat_BD: Tensor) -> dict[str, np.ndarray]:
+        return logit_statistics(self._true_BV, self.subject.patched_logits(self._read, a_hat_BD))

@@ -1,0 +1,106 @@
+"""Ways to choose an explanation. The verbalizer has the activation, so it may look for the words from which it is rebuilt best.
+
+A new search is a class here, registered in :data:`SEARCHES` under the name by which it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalens.evaluate import EvaluationError
+from megalens.evaluate.measure import Said, Search, read_by_lens
+from megalens.evaluate.metrics import normalised_error
+from megalens.evaluate.text import round_trips, to_texts
+from megalens.lens.lens import ConsistencyLens
+from megalens.ops import noise_keys
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The most likely token at each place."""
+
+    name = "greedy"
+
+    def __call__(self, lens: ConsistencyLens, a_BD: Tensor, row_B: Tensor) -> Said:
+        """Explain activations ``[B, D]``."""
+        return _said(lens, lens.verbalize(a_BD))
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Of ``k`` explanations, the greedy one among them, the one from which the lens rebuilds the activation best.
+
+    The measure is the distance of the unit-length vectors. A text that says nothing is chosen only where no other is there.
+
+    Args:
+        k: explanations for each row.
+        noise: temperature at which all but the greedy one are sampled.
+
+    A sample hangs on the lens's seed, the row's number and its own number alone: more of them never make a row worse.
+    """
+
+    k: int
+    noise: float = 1.0
+
+    def __post_init__(self):
+        if self.k < 2 or not 0 < self.noise < float("inf"):
+            raise ValueError(f"best of {self.k} with noise {self.noise:g}: there must be at least 2 explanations, and noise above 0")
+
+    @property
+    def name(self) -> str:
+        """``best of 8``, and the noise where it is not 1."""
+        return f"best of {self.k}" + (f", noise {self.noise:g}" if self.noise != 1 else "")
+
+    @torch.no_grad()
+    def __call__(self, lens: ConsistencyLens, a_BD: Tensor, row_B: Tensor) -> Said:
+        """Explain activations ``[B, D]``."""
+        a_BD, row_B = a_BD.to(lens.mean.device), row_B.to(lens.mean.device)
+        candidates = [Greedy()(lens, a_BD, row_B)]
+        for draw in range(1, self.k):
+            keys = partial(noise_keys, lens.config.seed, 0, row_B, draw=draw)
+            candidates.append(_said(lens, lens.verbalizer.decode(a_BD, keys, noise=self.noise).ids_BT))
+        errors_KB = np.stack([_errors(lens, a_BD, each.texts) for each in candidates])
+        best_B = errors_KB.argmin(0)
+        return Said(
+            [candidates[k].texts[i] for i, k in enumerate(best_B)],
+            [candidates[k].round_trips[i] for i, k in enumerate(best_B)],
+        )
+
+
+SEARCHES: dict[str, Callable[..., Search]] = {
+    "greedy": Greedy,
+    "best_of": lambda k, noise="1": BestOf(int(k), float(noise)),
+}
+"""By the name they are asked for; what follows the name, between colons, is handed on as strings."""
+USAGE = "greedy, or best_of:K or best_of:K:NOISE with K at least 2 and NOISE above 0, e.g. best_of:8"
+
+
+def search_named(spelling: str) -> Search:
+    """The search that a spelling asks for, e.g. ``greedy`` or ``best_of:8``.
+
+    Raises:
+        EvaluationError: there is none of this name, or its arguments make no sense.
+    """
+    name, *arguments = spelling.split(":")
+    try:
+        return SEARCHES[name](*arguments)
+    except (KeyError, TypeError, ValueError):
+        raise EvaluationError(f"'{spelling}' is no search; write {USAGE}") from None
+
+
+def _said(lens: ConsistencyLens, ids_BT: Tensor) -> Said:
+    texts = to_texts(lens.tokenizer, ids_BT)
+    return Said(texts, round_trips(lens.tokenizer, ids_BT, texts))
+
+
+def _errors(lens: ConsistencyLens, a_BD: Tensor, texts: list[str]) -> np.ndarray:
+    """Distance of unit-length activation and rebuild ``[B]``; infinite where there is no usable text or rebuild."""
+    rebuild = read_by_lens(lens, texts)
+    usable_B = rebuild.a_hat_BD.isfinite().all(-1) & ~rebuild.failed_B
+    return np.where(usable_B.cpu().numpy(), normalised_error(a_BD, rebuild.a_hat_BD), np.inf)
