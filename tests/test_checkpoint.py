@@ -120,8 +120,8 @@ def test_settings_may_be_other_ones_where_a_lens_is_used(saved):
 @pytest.mark.parametrize("other", [{"seed": 1}, {"hidden_size": 96}], ids=["weights", "width"])
 def test_checkpoint_of_another_subject_is_refused_before_anything_of_it_is_loaded(saved, tmp_path, monkeypatch, other):
     make_model(tmp_path / "other", **other)
-    monkeypatch.setattr("megalens.families.loading.from_pretrained", None)
-    monkeypatch.setattr("megalens.lens.subject.from_pretrained", None)
+    for factory in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{factory}.from_pretrained", None)
     with pytest.raises(CheckpointError, match=r"is a lens of .*/model with weights .*; set model_name"):
         load_lens(saved[0], model_name=str(tmp_path / "other"))
 
