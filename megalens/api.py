@@ -50,7 +50,7 @@ class Lens:
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its subject is another model.
-            ConfigError: its subject can not be loaded.
+            ConfigError: its subject cannot be loaded.
         """
         loaded = load_lens(folder, **changes)
         return cls(loaded.lens, loaded.statistics)
