@@ -52,6 +52,7 @@ class KVCache:
 
 
 def joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, heads, K + Q, head_dim]``: the past ones, broadcast to the new ones' batch, and behind them the new ones."""
     (old_key, old_value), (key, value) = past, new
     return torch.cat([_rows(old_key, key), key], dim=2), torch.cat([_rows(old_value, value), value], dim=2)
 
