@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
 
 
 def best_folder(search) -> Path:
+    """The run of the best trial."""
     from megalens.sweep.offline import trial_config
     from megalens.sweep.search import point_of
 
@@ -72,4 +73,5 @@ def best_folder(search) -> Path:
 
 
 def say(line: str) -> None:
+    """Print a line of progress."""
     print(f"[sweep] {line}", file=sys.stderr, flush=True)

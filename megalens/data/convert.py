@@ -64,6 +64,7 @@ def read(source: Path, ids: Path | None) -> dict[str, Tensor]:
 
 
 def from_parquet(source: Path) -> dict[str, Tensor]:
+    """The rows of a Parquet file, as :func:`read` gives them."""
     table = pq.read_table(source)
     ids = next((name for name in ("input_ids", "token_ids") if name in table.column_names), None)
     if ids is None or "activation_vector" not in table.column_names:

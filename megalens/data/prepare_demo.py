@@ -66,6 +66,7 @@ def download(folder: Path) -> Path:
 
 
 def find_wheel(folder: Path, package: str) -> Path:
+    """The wheel of a package in a folder."""
     found = sorted(folder.glob(f"{package}-*.whl"))
     if len(found) != 1:
         raise PreparationError(f"{folder} holds {len(found)} wheels of {package}; it must hold the one that {REQUIREMENTS} names")

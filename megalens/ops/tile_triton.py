@@ -12,6 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
+    """tanh(x): a polynomial near 0, where the quotient would lose digits."""
     a, z = tl.abs(x), x * x
     near = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
     far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
