@@ -8,9 +8,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from megalens.config import config_from_dict
 from megalens.data import DataError
+from megalens.data.compressed import is_whole
 from megalens.data.corpus import load_documents, stream_documents
 from megalens.data.local_files import source_fingerprint
 
@@ -165,9 +167,10 @@ def test_both_sides_have_a_document_however_small_the_fraction(tmp_path):
         ("a.jsonl", '{"text": "few words"}\n', r"a\.jsonl has no usable document in column 'text'.*min_words"),
         ("a.jsonl", '{"body": "few words"}\n', r"no column 'text'; set dataset.text_column to one of: body"),
         ("a.jsonl", '{"text": 5}\n', r"no usable document"),
-        ("a.jsonl", "", r"cannot read .*a\.jsonl"),
+        ("a.jsonl", "", r"a\.jsonl is empty: it holds no documents"),
         ("a.jsonl", '{"text": \n', r"cannot read .*a\.jsonl"),
-        ("a.txt", "", r"a\.txt"),
+        ("a.txt", "", r"a\.txt is empty: it holds no documents"),
+        ("a.txt", "\n\n", r"a\.txt is empty: it holds no documents"),
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
         ("a.csv", "x,y", r"holds no file that can be read"),
         ("a.jsonl", json.dumps({"text": TEXTS[0]}), r"single usable document"),
@@ -178,6 +181,23 @@ def test_an_unusable_corpus_is_one_line_that_names_it(tmp_path, name, content, m
     with pytest.raises(DataError, match=message) as error:
         load(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_table_without_rows_is_empty(tmp_path):
+    pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is empty: it holds no documents"):
+        load("a.parquet")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"a" * 500_000, bytes(range(256)) * 999])
+def test_a_compressed_file_is_whole_at_its_frames_ends_alone(tmp_path, content):
+    frames = [zstandard.ZstdCompressor(write_checksum=check).compress(content) for check in (True, False)]
+    whole = b"".join(frames)
+    ends = {len(frames[0]), len(whole)}
+    for cut in {*range(1, 40), *range(len(whole) - 40, len(whole) + 1), *ends}:
+        if 0 < cut <= len(whole):
+            (tmp_path / "a.zst").write_bytes(whole[:cut])
+            assert is_whole(tmp_path / "a.zst") == (cut in ends), cut
 
 
 def test_a_missing_file_and_a_mixed_folder_are_named(tmp_path):

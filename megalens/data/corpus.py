@@ -11,12 +11,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import xxhash
 import zstandard
 from datasets.data_files import DataFilesDict, DataFilesList
 
 from megalens.config import Config
 from megalens.data import DataError
+from megalens.data.compressed import is_whole
 from megalens.data.local_files import kind_of, local_files, source_fingerprint, source_name
 from megalens.data.paragraphs import text_documents
 
@@ -129,6 +131,7 @@ def _load(config: Config, split: str) -> datasets.Dataset:
     files = local_files(config)
     if files is None:
         return datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=False)
+    _check_files(config, files)
     if kind_of(files[0]) == "text":
         arguments = {"files": tuple(files), "content": source_fingerprint(config)}  # its cache goes by the arguments
         return datasets.Dataset.from_generator(_text_rows, features=_TEXT, gen_kwargs=arguments)
@@ -141,9 +144,30 @@ def _stream(config: Config, split: str) -> Iterator[dict]:
     files = local_files(config)
     if files is None:
         return iter(datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=True))
+    _check_files(config, files)
     if kind_of(files[0]) == "text":
         return _text_rows(files)
     return iter(_builder(files).as_streaming_dataset("train"))
+
+
+def _check_files(config: Config, files: list[Path]) -> None:
+    """Refuse an empty corpus, which a reader tells in words of its own, and a ``.zst`` that is cut short, which it does not tell.
+
+    Raises:
+        DataError: naming the corpus or the file.
+    """
+    for path in files:
+        if path.suffix == ".zst" and path.stat().st_size and not is_whole(path):
+            raise DataError(f"cannot read {path}: it is cut short; copy it anew from where it is whole")
+    kind = kind_of(files[0])
+    if kind == "text":
+        has_rows = next(text_documents(files), None) is not None
+    elif kind == "parquet" and files[0].suffix == ".parquet":
+        has_rows = any(pa.parquet.read_metadata(path).num_rows for path in files)
+    else:
+        has_rows = any(path.stat().st_size for path in files)
+    if not has_rows:
+        raise DataError(f"{source_name(config)} is empty: it holds no documents; name another with dataset.name")
 
 
 _TEXT = datasets.Features({"text": datasets.Value("string")})
