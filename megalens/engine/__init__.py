@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megalens.config import Config
 from megalens.engine.base import Engine, EngineError, Groups, data_share, join_ranks, leave_ranks, rank_and_size
 
 __all__ = ["Engine", "EngineError", "build_engine", "data_share", "join_ranks", "leave_ranks", "rank_and_size", "shards_weights"]
 
 
-def shards_weights(config) -> bool:
+def shards_weights(config: Config) -> bool:
     """Does the engine of ``config`` cut the weights themselves into shards (and give those on the meta device their values)?"""
     if config.deepspeed is None:
         return config.engine == "fsdp"
@@ -18,7 +19,7 @@ def shards_weights(config) -> bool:
     return zero_stage(config) == 3
 
 
-def build_engine(config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:
+def build_engine(config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:
     """The engine that ``config`` asks for: FSDP2, DeepSpeed's ZeRO 1-3, or the local one (also for ZeRO 0, which shards nothing).
 
     Args:

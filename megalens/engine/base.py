@@ -12,18 +12,19 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalens.config import Config
 from megalens.device import materialise
 from megalens.engine.state import MOMENTS, EngineError, OptimizerState, Part, copied, owners
 
 Groups = dict[str, dict[str, nn.Parameter]]
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Any]  # tensors by name
 
 
 def join_ranks(device: torch.device) -> None:
@@ -52,7 +53,7 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def data_share(config) -> tuple[int, int]:
+def data_share(config: Config) -> tuple[int, int]:
     """Which share of every batch this process works on, and how many shares there are (ranks of one tensor-parallel group: the same)."""
     rank, size = rank_and_size()
     together = config.fsdp.tensor_ranks if config.engine == "fsdp" else 1
@@ -62,7 +63,7 @@ def data_share(config) -> tuple[int, int]:
 class Traffic:
     """What an engine's collectives have moved: calls by kind, and the bytes of the whole tensors."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.bytes = 0
 
@@ -88,7 +89,9 @@ class Engine(ABC):
         groups: its trainable parameters by group and name (``module.parameter_groups()``).
     """
 
-    def __init__(self, config, module: nn.Module, groups: Groups):
+    module: Any  # an nn.Module; what it answers beyond one (``sample``, ``initial``, ``slicing``) only some calls ask of it
+
+    def __init__(self, config: Config, module: nn.Module, groups: Groups):
         self.config, self.module = config, module
         self.device = device_of(module)
         self.rank, self.world_size = rank_and_size()
@@ -108,7 +111,7 @@ class Engine(ABC):
     # ------------------------------------------------------------------------------------------------------ per engine
 
     @abstractmethod
-    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
+    def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         """One optimizer step on this rank's share of some global micro-batches.
 
         Args:
@@ -160,7 +163,7 @@ class Engine(ABC):
             group["lr"] = rates[group["name"]]
 
     @torch.no_grad()
-    def sample(self, batches: list[Batch], at: Any) -> list[Any] | None:
+    def sample(self, batches: Sequence[Batch], at: Any) -> list[Any] | None:
         """What the module samples for micro-batches ahead of a training pass, by ``module.sample(batch, at)``; None: nothing is wanted.
 
         Every rank must call it with as many micro-batches, as any pass.
@@ -238,7 +241,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next(p.device for p in module.parameters() if not p.is_meta)
 
 
-def optimizer_groups(config, groups: Groups) -> list[dict]:
+def optimizer_groups(config: Config, groups: Groups) -> list[dict]:
     """Parameter groups: ``name`` of the module's group, ``params``, ``lr`` and ``weight_decay``.
 
     Weight decay is for matrices: never for prompts, norms and biases.
@@ -259,18 +262,19 @@ def optimizer_groups(config, groups: Groups) -> list[dict]:
     return result
 
 
-def build_optimizer(config, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
     """The optimizer that ``config`` asks for, over parameter groups."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, fused=fused)
-    return torch.optim.AdamW(groups, betas=tuple(config.betas), fused=fused)
+    beta_1, beta_2 = config.betas
+    return torch.optim.AdamW(groups, betas=(beta_1, beta_2), fused=fused)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on the engine's device."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def with_rollouts(batches: list[Batch], rollouts: list[Any] | None) -> Iterator[tuple[Batch, tuple[Any, ...]]]:
+def with_rollouts(batches: Sequence[Batch], rollouts: list[Any] | None) -> Iterator[tuple[Batch, tuple[Any, ...]]]:
     """Each micro-batch with what the module takes behind it: its rollouts, or nothing."""
     yield from zip(batches, [()] * len(batches) if rollouts is None else [(each,) for each in rollouts], strict=True)

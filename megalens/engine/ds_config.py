@@ -6,16 +6,17 @@ import json
 from typing import Any
 
 from megalens import shipped
+from megalens.config import Config
 from megalens.device import resolve_dtype
 from megalens.engine.base import EngineError
 
 
-def zero_stage(config) -> int:
+def zero_stage(config: Config) -> int:
     """The ZeRO stage of the file that ``config.deepspeed`` names."""
     return _stage(config, _read(config))
 
 
-def resolve(config, ranks: int) -> dict:
+def resolve(config: Config, ranks: int) -> dict:
     """The file's content with every ``"auto"`` replaced.
 
     Raises:
@@ -28,7 +29,7 @@ def resolve(config, ranks: int) -> dict:
         if found.get(section, {}).get("enabled", section == "scheduler" and section in found):
             raise EngineError(f"{config.deepspeed}: take out the section {section}; the setting is {instead}")
     for path, (value, key) in _wanted(config, ranks).items():
-        _settle(found, path, value, key, config.deepspeed)
+        _settle(found, path, value, key, _file(config))
     if resolve_dtype(config) == "float32":  # there is nothing to accumulate more exactly
         found.pop("data_types", None)
     del found["optimizer"]  # held against the configuration above; the engine makes it
@@ -38,7 +39,7 @@ def resolve(config, ranks: int) -> dict:
     return {"steps_per_print": None, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **found}
 
 
-def _wanted(config, ranks: int) -> dict[str, tuple[Any, str]]:
+def _wanted(config: Config, ranks: int) -> dict[str, tuple[Any, str]]:
     """What the file must say at each place, and the key that decides it."""
     accumulation = config.gradient_accumulation_steps
     return {
@@ -65,8 +66,14 @@ def _settle(found: dict, path: str, value: Any, key: str, file: str) -> None:
     found[name] = value
 
 
-def _read(config) -> dict:
-    path = shipped.find(config.deepspeed)
+def _file(config: Config) -> str:
+    if config.deepspeed is None:
+        raise EngineError("deepspeed names no file; name one, as in deepspeed=ds_configs/z2.json")
+    return config.deepspeed
+
+
+def _read(config: Config) -> dict:
+    path = shipped.find(_file(config))
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise EngineError(f"deepspeed={path} does not exist; there are: {', '.join(known) or 'ds_configs/z1.json, z2, z3, z3_offload'}")
@@ -79,14 +86,14 @@ def _read(config) -> dict:
     return found
 
 
-def _stage(config, found: dict) -> int:
+def _stage(config: Config, found: dict) -> int:
     stage = found.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise EngineError(f"{config.deepspeed}: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
     return stage
 
 
-def _check_nvme(config, found: dict) -> None:
+def _check_nvme(config: Config, found: dict) -> None:
     for section in ("offload_param", "offload_optimizer"):
         if found.get("zero_optimization", {}).get(section, {}).get("device") == "nvme":
             from deepspeed.ops.op_builder import AsyncIOBuilder

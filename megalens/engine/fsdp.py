@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megalens.config import Config, Fsdp
 from megalens.engine.base import (
     Batch,
     Engine,
@@ -38,6 +39,7 @@ from megalens.engine.tensor import slice_layers
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in PyTorch 2.13
 _scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+AXES = ("replicate", "shard", "tensor")  # of the mesh; where there is one copy of the model, without the first
 
 
 class FsdpEngine(Engine):
@@ -51,7 +53,7 @@ class FsdpEngine(Engine):
         ConfigError: the module can not be sliced for ``fsdp.tensor_ranks``.
     """
 
-    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+    def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
         join_alone(device_of(module))
         super().__init__(config, module, groups)
         compute_dtype = next(iter(self.parameters.values())).dtype
@@ -59,9 +61,9 @@ class FsdpEngine(Engine):
         chosen = optimizer_groups(config, groups)
         mesh = _mesh(config.fsdp, self.device.type, self.world_size)
         self._slices = mesh["tensor"]
-        slicing = module.slicing(config.fsdp.tensor_ranks) if config.fsdp.tensor_ranks > 1 else {}
-        options = {
-            "mesh": mesh[mesh.mesh_dim_names[:-1]],
+        slicing = self.module.slicing(config.fsdp.tensor_ranks) if config.fsdp.tensor_ranks > 1 else {}
+        options: dict[str, Any] = {
+            "mesh": mesh[AXES[-mesh.ndim : -1]],
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
         }
@@ -86,16 +88,17 @@ class FsdpEngine(Engine):
         fully_shard(module, **options)
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         for part in self._sharded:
-            part.set_custom_all_gather(_AllGather(self.traffic))
-            part.set_custom_reduce_scatter(_ReduceScatter(self.traffic))
-        module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
-        self.shards = dict(module.named_parameters())
-        self.parameters = {name: self.shards[name] for name in self.parameters}
-        self.masters = {name: nn.Parameter(shard.to_local().detach()) for name, shard in self.parameters.items()}
+            part.set_custom_all_gather(_AllGather(self.traffic))  # type: ignore[arg-type]  # PyTorch's class of it is private
+            part.set_custom_reduce_scatter(_ReduceScatter(self.traffic))  # type: ignore[arg-type]
+        self.module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
+        parameters = dict(module.named_parameters())
+        self.parameters = {name: parameters[name] for name in self.parameters}
+        self.shards = cast(dict[str, DTensor], parameters)
+        self.masters = {name: nn.Parameter(self.shards[name].to_local().detach()) for name in self.parameters}
         chosen = [{**group, "params": [self.masters[by_parameter[p]] for p in group["params"]]} for group in chosen]
         self.optimizer = build_optimizer(config, chosen, fused=True)
 
-    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
+    def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         total: dict[str, Tensor] = {}
         for batch, rollout in with_rollouts(batches, rollouts):
             terms = self.module(to_device(batch, self.device), at, *rollout)
@@ -162,8 +165,8 @@ class FsdpEngine(Engine):
 
     def _take_gradient(self, name: str) -> Tensor:
         """This rank's shard of a gradient, averaged over ranks; zero where there was none."""
-        shard, master = self.parameters[name], self.masters[name]
-        gradient, shard.grad = shard.grad, None
+        shard, master = self.shards[name], self.masters[name]
+        gradient, shard.grad = cast(DTensor | None, shard.grad), None
         return torch.zeros_like(master) if gradient is None else gradient.to_local()
 
     def _agree(self, gradients: dict[str, Tensor]) -> None:
@@ -180,7 +183,7 @@ class FsdpEngine(Engine):
 
     @staticmethod
     def _is_slice(shard: DTensor) -> bool:
-        return shard.device_mesh.mesh_dim_names[-1] == "tensor" and not shard.placements[-1].is_replicate()
+        return "tensor" in (shard.device_mesh.mesh_dim_names or ()) and not shard.placements[-1].is_replicate()
 
     def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """Of the whole gradient; what several ranks hold counts once."""
@@ -196,16 +199,16 @@ class FsdpEngine(Engine):
         return self.world_size // math.prod(size for size, placement in cut if not placement.is_replicate())
 
 
-def _mesh(fsdp, device_type: str, ranks: int) -> DeviceMesh:
+def _mesh(fsdp: Fsdp, device_type: str, ranks: int) -> DeviceMesh:
     """Ranks by (copies of the model,) shard and slice of it."""
     copy = fsdp.shard_ranks or ranks
     if ranks % copy:
         raise EngineError(f"fsdp.shard_ranks={copy} does not divide the {ranks} processes")
     if copy % fsdp.tensor_ranks:
         raise EngineError(f"fsdp.tensor_ranks={fsdp.tensor_ranks} does not divide the {copy} processes that share a copy of the model")
-    shape, names = (ranks // copy, copy // fsdp.tensor_ranks, fsdp.tensor_ranks), ("replicate", "shard", "tensor")
+    shape = ranks // copy, copy // fsdp.tensor_ranks, fsdp.tensor_ranks
     first = int(copy == ranks)
-    return init_device_mesh(device_type, shape[first:], mesh_dim_names=names[first:])
+    return init_device_mesh(device_type, shape[first:], mesh_dim_names=AXES[first:])
 
 
 class _Collective:

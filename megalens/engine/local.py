@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megalens.config import Config
 from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups, to_device, with_rollouts
 from megalens.engine.state import OptimizerState
 
@@ -24,11 +26,12 @@ class LocalEngine(Engine):
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
     """
 
-    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+    def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
         super().__init__(config, module, groups)
+        weights = weights or {}
         self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
         with torch.no_grad():
-            for name in self.masters.keys() & (weights or {}).keys():
+            for name in self.masters.keys() & weights.keys():
                 self.masters[name].copy_(weights[name])
         self._same_start()
         self.gradient = torch.zeros(sum(p.numel() for p in self.masters.values()), device=self.device)
@@ -40,7 +43,7 @@ class LocalEngine(Engine):
         options = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in optimizer_groups(config, groups)]
         self.optimizer = build_optimizer(config, options, fused=self.device.type in ("cpu", "cuda"))
 
-    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
+    def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         self.gradient.zero_()
         total: dict[str, Tensor] = {}
         for batch, rollout in with_rollouts(batches, rollouts):
@@ -105,7 +108,8 @@ class LocalEngine(Engine):
     @staticmethod
     def _collector(total: Tensor):
         def collect(parameter: Tensor) -> None:
-            total.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
 
         return collect

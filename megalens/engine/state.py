@@ -14,6 +14,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,7 +98,8 @@ class OptimizerState:
     """
 
     def __init__(self, folder: Path, names: dict[str, str] | None = None):
-        self.folder, self._names, self._files = folder, names or {}, {}
+        self.folder, self._names = folder, names or {}
+        self._files: dict[str, Any] = {}  # the open file that holds each tensor
         try:
             for path in part_files(folder, "optimizer"):
                 file = safe_open(str(path), "pt")

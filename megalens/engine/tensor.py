@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
 from megalens.engine.base import Traffic
 
@@ -27,7 +27,7 @@ def slice_layers(module: nn.Module, slicing: dict[str, str], mesh: DeviceMesh, t
         mesh: of one dimension.
         traffic: where the sums over ranks are counted.
     """
-    styles = {
+    styles: dict[str, Callable[[], ParallelStyle]] = {
         "colwise": ColwiseParallel,
         "rowwise": RowwiseParallel,
         "heads": lambda: SequenceParallel(sequence_dim=HEADS, use_local_output=True),

@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megalens.config import Config
 from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device, with_rollouts
 from megalens.engine.ds_config import resolve
 from megalens.engine.state import OptimizerState, Part
@@ -28,18 +30,19 @@ class ZeroEngine(Engine):
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
     """
 
-    def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
+    def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
         on_gpu = device_of(module).type == "cuda"
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")
         join_alone(device_of(module))
         super().__init__(config, module, groups)
+        weights = weights or {}
         deepspeed, settings, chosen = _import_deepspeed(on_gpu), resolve(config, self.world_size), optimizer_groups(config, groups)
         if settings["zero_optimization"]["stage"] == 3:
             deepspeed.init_distributed(dist_init_required=False)  # its Init asks for the number of ranks before it joins them
             for unit in getattr(module, "shard_units", list)():
-                self._fill(unit, weights or {})
+                self._fill(unit, weights)
                 deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
@@ -49,10 +52,10 @@ class ZeroEngine(Engine):
         )
         self.device = self.engine.device
         self._share_float32_shards()
-        for name in self.parameters.keys() & (weights or {}).keys():
+        for name in self.parameters.keys() & weights.keys():
             self._set(name, weights[name], None)
 
-    def train_step(self, batches: list[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
+    def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         total: dict[str, float] = {}
         for batch, rollout in with_rollouts(batches, rollouts):
             terms = self.engine(to_device(batch, self.device), at, *rollout)
@@ -156,7 +159,7 @@ class ZeroEngine(Engine):
         set_parameter, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
         if self._is_stage_3:  # whose setters of whole values can not pad a parameter that the ranks do not divide
             set_parameter, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
-            share = parameter.ds_tensor.numel()
+            share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's own attribute
             padded = torch.zeros(share * self.world_size, device=self.device)
             padded[: value.numel()] = value.flatten()
             value = padded[share * self.rank : share * (self.rank + 1)]

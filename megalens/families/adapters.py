@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from megalens.config import Lora
 from megalens.families.causal_lm import CausalLM
 
 
-def add_adapter(lm: CausalLM, name: str, blocks: range, lora, seed: int) -> dict[str, nn.Parameter]:
+def add_adapter(lm: CausalLM, name: str, blocks: range, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
     """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
 
     Where a layer has no weights yet (it is on the meta device), neither have its adapters: they start as :func:`adapter_start` says.
@@ -27,7 +29,10 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora, seed: int) -> dict
     prefixes = tuple(f"{path}." for path, module in lm.model.named_modules() if any(module is block for block in chosen))
     linear = [p for p, m in lm.model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and p.startswith(prefixes) and ".lora_" not in p]
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted({p.removesuffix(".base_layer") for p in linear})
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and takes any number
+        lora_dropout=lora.dropout,
+        target_modules=sorted({p.removesuffix(".base_layer") for p in linear}),
     )
     trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
     with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
@@ -57,7 +62,7 @@ def adapter_start(seed: int, name: str, shape: torch.Size) -> Tensor:
 
 
 @contextmanager
-def adapter(lm: CausalLM, name: str | None):
+def adapter(lm: CausalLM, name: str | None) -> Iterator[None]:
     """Run the shared base with the adapters called ``name``; without any when None.
 
     peft's own ``set_adapter`` also flips ``requires_grad``, which must not happen between the roles of one step.

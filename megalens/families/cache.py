@@ -30,7 +30,7 @@ class KVCache:
             self.stored[block] = joined(past, new)
         else:
             if block not in self.buffers:
-                self.buffers[block] = tuple(t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new)
+                self.buffers[block] = _empty(key, self.room), _empty(value, self.room)
             self.stored[block] = tuple(
                 _Append.apply((buffer,), _rows(old, new), new) for buffer, old, new in zip(self.buffers[block], past, new, strict=True)
             )
@@ -55,6 +55,10 @@ def joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Ten
     """Keys and values ``[B, heads, K + Q, head_dim]``: the past ones, broadcast to the new ones' batch, and behind them the new ones."""
     (old_key, old_value), (key, value) = past, new
     return torch.cat([_rows(old_key, key), key], dim=2), torch.cat([_rows(old_value, value), value], dim=2)
+
+
+def _empty(new: Tensor, room: int) -> Tensor:
+    return new.new_empty(*new.shape[:2], room, new.shape[3])
 
 
 def _rows(old: Tensor, new: Tensor) -> Tensor:

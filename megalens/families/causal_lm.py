@@ -7,9 +7,11 @@ asked of the model's :class:`~megalens.families.protocol.Family`, and nowhere el
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from megalens.config import ConfigError
 from megalens.families.cache import KVCache, joined
@@ -34,16 +36,21 @@ class Vocabulary(nn.Module):
     scale is in the bias already; :meth:`CausalLM.final_norm` has it in what it gives.
     """
 
-    def __init__(self, model: nn.Module, logit_scale: float = 1.0):
+    bias: Tensor | None
+
+    def __init__(self, model: PreTrainedModel, logit_scale: float = 1.0):
         super().__init__()
         self.logit_scale, head = logit_scale, model.get_output_embeddings()
         self.out_weight = head.weight
-        self.in_weight = model.get_input_embeddings().weight
+        self.in_weight = cast(nn.Embedding, model.get_input_embeddings()).weight
         self.bias = getattr(head, "bias", None)
 
-    def forward(self, use: Callable):
-        scaled = self.bias is not None and self.logit_scale != 1.0
-        return use(self.out_weight, self.in_weight, self.bias * self.logit_scale if scaled else self.bias)
+    def forward(self, use: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+        """What ``use`` returns, called as the class says."""
+        bias_V = self.bias
+        if bias_V is not None and self.logit_scale != 1.0:
+            bias_V = bias_V * self.logit_scale
+        return use(self.out_weight, self.in_weight, bias_V)
 
 
 class CausalLM(nn.Module):
@@ -57,7 +64,7 @@ class CausalLM(nn.Module):
         ConfigError: a part is missing, or a block has attention of a kind that the walk has no mask for.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self.family = family_of(model.config)(model)
@@ -69,14 +76,15 @@ class CausalLM(nn.Module):
         if unknown := set(self.kinds) - {"full_attention", "sliding_attention"}:
             raise ConfigError(f"{refused}: they have attention of the kind '{min(unknown)}'")
         self.vocabulary = Vocabulary(model, self.family.logit_scale)
-        self.adapted: list[nn.Module] = []  # layers that carry adapters
+        self.adapted: list[Any] = []  # peft's layers that carry adapters
         self.softcap = self.family.softcap
+        self._compiled_block: Callable[..., Tensor] | None = None  # what compile_blocks made
         self.eager = self.config._attn_implementation == "eager"
         for module in model.modules():  # the base is never trained with dropout
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-                module.attention_dropout = 0.0
+                module.attention_dropout = 0.0  # type: ignore[assignment]  # nn.Module's stub knows tensors and modules only
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -147,8 +155,19 @@ class CausalLM(nn.Module):
             hidden_BSD = self.call_block(block, hidden_BSD, masks[kind], positions, rotary[kind], cache, index)
         return hidden_BSD
 
-    def call_block(self, block, hidden_BSD, mask, positions, rotary, cache: KVCache | None, index: int) -> Tensor:
-        """One block's call; compiled blocks put another in its place."""
+    def call_block(
+        self,
+        block: nn.Module,
+        hidden_BSD: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        rotary: Any,
+        cache: KVCache | None,
+        index: int,
+    ) -> Tensor:
+        """One block's call, compiled where :meth:`compile_blocks` was called."""
+        if self._compiled_block is not None:
+            return self._compiled_block(block, hidden_BSD, mask, positions, rotary, cache, index)
         return self.family.call_block(block, hidden_BSD, mask, positions, rotary, cache)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -159,9 +178,10 @@ class CausalLM(nn.Module):
         def alone(block, hidden_BSD, mask, positions, rotary, cached: bool, past) -> tuple[Tensor, tuple | None]:
             """A call with the block's own keys and values as arguments: a function of tensors, one graph for all blocks."""
             cache = _OneBlock(past) if cached else None
-            return call_block(block, hidden_BSD, mask, positions, rotary, cache), cache.stored if cached else None
+            return call_block(block, hidden_BSD, mask, positions, rotary, cache), None if cache is None else cache.stored
 
-        compiled = torch.compile(alone, backend=backend, recompile_limit=64, isolate_recompiles=True)
+        options = {"recompile_limit": 64, "isolate_recompiles": True}
+        compiled = torch.compile(alone, backend=backend, **options)  # type: ignore[call-overload]  # its overloads lack the two
 
         def call(block, hidden_BSD, mask, positions, rotary, cache, index) -> Tensor:
             past = None if cache is None else cache.stored.get(index)
@@ -170,7 +190,7 @@ class CausalLM(nn.Module):
                 cache.stored[index] = stored
             return hidden_BSD
 
-        self.call_block = call
+        self._compiled_block = call
 
     def slicing(self, ranks: int) -> dict[str, str]:
         """How ranks can slice a block's layers among them: ``colwise``, ``rowwise`` or ``heads`` by path within the block.
@@ -182,10 +202,11 @@ class CausalLM(nn.Module):
         """
         kinds = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "heads"}
         prefix, layers = f"{self.family.blocks_name}.*.", self.family.tensor_parallel
-        found = {path.removeprefix(prefix): kinds.get(kind) for path, kind in layers.items() if path.startswith(prefix)}
+        named = {path.removeprefix(prefix): kind for path, kind in layers.items() if path.startswith(prefix)}
+        found = {path: kinds[kind] for path, kind in named.items() if kind in kinds}
         parents = {path.rpartition(".")[0] for path, kind in found.items() if kind == "colwise"}
-        layers = {f"{parent}.{name}" for parent in parents for name in _matrices(self.blocks[0].get_submodule(parent))}
-        if not found or None in found.values() or not layers <= found.keys():
+        siblings = {f"{parent}.{name}" for parent in parents for name in _matrices(self.blocks[0].get_submodule(parent))}
+        if not found or found.keys() < named.keys() or not siblings <= found.keys():
             raise ConfigError(f"models of type '{self.config.model_type}' cannot be sliced; set fsdp.tensor_ranks=1")
         heads = self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         if any(count % ranks for count in heads):
@@ -214,10 +235,10 @@ class CausalLM(nn.Module):
 
     def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, cached: int, dtype: torch.dtype) -> Tensor | None:
         """``[1 or B, 1, S, K]``, or None where the attention's own causal rule (or no rule at all) says the same."""
-        window, queries = self.family.window(kind), positions.shape[-1]
+        window, count = self.family.window(kind), positions.shape[-1]
         if key_positions is None:
-            reach = cached + queries
-            if (window is None or window >= reach) and (queries == 1 or (cached == 0 and not self.eager)):
+            reach = cached + count
+            if (window is None or window >= reach) and (count == 1 or (cached == 0 and not self.eager)):
                 return None
             key_positions = positions if cached == 0 else torch.arange(reach, device=positions.device)[None]
         keys, queries = key_positions[:, None, :], positions[:, :, None]

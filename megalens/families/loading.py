@@ -8,27 +8,29 @@ import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from megalens.config import Config, ConfigError
 from megalens.device import materialise, resolve_dtype
 from megalens.families.causal_lm import CausalLM
+from megalens.families.protocol import Settings
 from megalens.families.registry import attention_of
 from megalens.families.self_check import check_layout
 from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, wrong_shape
 
 
-def load_tokenizer(config: Config):
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The subject's tokenizer (or ``tokenizer_name``'s)."""
     return from_pretrained(transformers.AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of everything that turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -63,6 +65,8 @@ def _fetched(name: str) -> Path:
 
     try:
         settings = cached_file(name, "config.json")
+        if settings is None:
+            raise OSError("it has no config.json")
         whole = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
         if whole is None:
             get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))
@@ -73,7 +77,7 @@ def _fetched(name: str) -> Path:
     return Path(settings).parent
 
 
-def check_model(config: Config):
+def check_model(config: Config) -> Settings:
     """The model's settings, read without its weights.
 
     Raises:
@@ -88,7 +92,7 @@ def check_model(config: Config):
     return settings
 
 
-def load_model(config: Config, settings) -> PreTrainedModel:
+def load_model(config: Config, settings: Settings) -> PreTrainedModel:
     """A model with all its weights, on the CPU.
 
     Args:
@@ -99,8 +103,8 @@ def load_model(config: Config, settings) -> PreTrainedModel:
     """
     name = config.model_name
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
-    options = model_options(config, settings)
-    model, found = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **report, **options)
+    options = model_options(config, settings) | report
+    model, found = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
     if found["mismatched_keys"]:
         parameter, stored, wanted = min(found["mismatched_keys"])
         raise ConfigError(wrong_shape(name, parameter, tuple(stored), tuple(wanted)))
@@ -111,7 +115,7 @@ def load_model(config: Config, settings) -> PreTrainedModel:
     return model
 
 
-def load_without_blocks(config: Config, settings, device: torch.device) -> tuple[CausalLM, WeightFiles]:
+def load_without_blocks(config: Config, settings: Settings, device: torch.device) -> tuple[CausalLM, WeightFiles]:
     """A model whose blocks are on the meta device, all else on ``device``; and the files that hold the blocks' weights.
 
     Args:
@@ -142,12 +146,12 @@ def load_without_blocks(config: Config, settings, device: torch.device) -> tuple
     return lm, files
 
 
-def model_options(config: Config, settings) -> dict:
+def model_options(config: Config, settings: Settings) -> dict[str, Any]:
     """How transformers builds the model: in which dtype, with which attention."""
     return {"dtype": getattr(torch, resolve_dtype(config)), "attn_implementation": attention_of(settings)}
 
 
-def from_pretrained(factory, settings: Config, name: str | None = None, **options):
+def from_pretrained(factory: Any, settings: Config, name: str | None = None, **options: Any) -> Any:
     """What a class of transformers (``AutoConfig`` and its like) reads from ``name``, by default the subject.
 
     Raises:

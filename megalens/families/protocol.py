@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Settings = Any
+"""A model's configuration, of transformers. Each make's is a class of its own, so no type says what is in it."""
 
 
 class Family:
@@ -25,12 +31,12 @@ class Family:
     rotary_per_kind = False
     """Whether each kind of attention turns by a rotary embedding of its own."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.config = model.config.get_text_config()
+        self.config: Settings = model.config.get_text_config()
 
     @staticmethod
-    def attention(config) -> str:
+    def attention(config: Settings) -> str:
         """Which of transformers' attention functions gives what the make means; fused ones leave a soft-cap of the scores out."""
         return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
@@ -99,7 +105,7 @@ class Family:
         return dict.fromkeys(kinds, rotary(hidden, positions))
 
     @classmethod
-    def call_block(cls, block: nn.Module, hidden_BSD: Tensor, mask: Tensor | None, positions: Tensor, rotary, cache) -> Tensor:
+    def call_block(cls, block: nn.Module, hidden_BSD: Tensor, mask: Tensor | None, positions: Tensor, rotary: Any, cache: Any) -> Tensor:
         """The residual stream after a block; ``cache`` (or None) takes its keys and values by ``update``."""
         return block(
             hidden_BSD,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 
 from megalens.families import makes
-from megalens.families.protocol import Family
+from megalens.families.protocol import Family, Settings
 
 _families: dict[str, type[Family]] = {}
 
 
-def register(*model_types: str):
+def register(*model_types: str) -> Callable[[type[Family]], type[Family]]:
     """Class decorator: models of these types are of the decorated make.
 
     Raises:
@@ -29,7 +30,7 @@ def register(*model_types: str):
     return add
 
 
-def family_of(config) -> type[Family]:
+def family_of(config: Settings) -> type[Family]:
     """The make of models with a transformers configuration; types that nobody registered are taken for Llama's kin.
 
     Whether that is true, the check at load decides (:mod:`megalens.families.self_check`).
@@ -38,7 +39,7 @@ def family_of(config) -> type[Family]:
     return _families.get(config.get_text_config().model_type, Family)
 
 
-def attention_of(config) -> str:
+def attention_of(config: Settings) -> str:
     """The attention function to build a model of this configuration with, transformers' ``attn_implementation``."""
     return family_of(config).attention(config.get_text_config())
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megalens.config import ConfigError
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
+from megalens.families.protocol import Settings
 from megalens.families.registry import attention_of
 
 _TOKENS, _WINDOW = 8, 3
@@ -43,7 +44,7 @@ def check_walk(lm: CausalLM) -> None:
         )
 
 
-def check_layout(settings, trust_remote_code: bool = False) -> None:
+def check_layout(settings: Settings, trust_remote_code: bool = False) -> None:
     """:func:`check_walk` on a tiny random model of the same configuration, for a model whose weights are not there to be used.
 
     The tiny model is of transformers' own class: as few blocks as have every kind that the configuration lists (two at least), few

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
@@ -36,7 +37,15 @@ class ConsistencyLens(nn.Module):
     var: Tensor
     plain_ids: Tensor
 
-    def __init__(self, config: Config, subject: Subject, tokenizer, mean_D: Tensor, var_D: Tensor, objective: Any = None):
+    def __init__(
+        self,
+        config: Config,
+        subject: Subject,
+        tokenizer: PreTrainedTokenizerBase,
+        mean_D: Tensor,
+        var_D: Tensor,
+        objective: Any = None,
+    ):
         super().__init__()
         if mean_D.shape != (subject.d,):
             raise ConfigError(f"the activations are {len(mean_D)} wide, {config.model_name} is {subject.d} wide: they are of another model")
@@ -171,8 +180,11 @@ class ConsistencyLens(nn.Module):
         lm, (role, rest) = self.subject.lm, name.split(".", 1)
         if ".lora_" in name:
             return adapter_start(self.config.seed, rest.removeprefix("lm."), self.get_parameter(name).shape)
+        files = self.subject.files
+        if files is None:
+            raise ValueError(f"{name} has no values to start from: the subject was loaded whole")
         if role == "subject":
-            return self.subject.files.read(rest.removeprefix("lm.model.").replace(".base_layer.", "."))
+            return files.read(rest.removeprefix("lm.model.").replace(".base_layer.", "."))
         index, within = rest.removeprefix("own.").split(".", 1)
         block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
-        return self.subject.files.read(f"{block}.{within}")
+        return files.read(f"{block}.{within}")

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
@@ -27,7 +28,7 @@ class Reconstructor(nn.Module):
     lm: CausalLM
     suffix: PromptEmbedding | None
 
-    def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
+    def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, self.last = config.reconstructor, config.layer_l + 1
@@ -59,7 +60,7 @@ class Reconstructor(nn.Module):
         if self.first_is_last:
             embeds_BTD = read_order(embeds_BTD, lengths_B)
         if self.suffix is not None:
-            embeds_BTD = self._with_suffix(embeds_BTD, lengths_B)
+            embeds_BTD = _with_suffix(embeds_BTD, self.suffix(), lengths_B)
         last_B = torch.full((batch,), reach, device=embeds_BTD.device) if lengths_B is None else lengths_B
         last_B = last_B + (embeds_BTD.shape[1] - reach)
         with adapter(self.lm, self.adapter):
@@ -80,12 +81,13 @@ class Reconstructor(nn.Module):
             hidden = torch.cat([hidden, text], dim=1)
         return hidden[torch.arange(len(last_B), device=hidden.device), last_B]
 
-    def _with_suffix(self, embeds_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """``[B, T + S, D]``: the suffix right behind each text, padding last."""
-        batch, reach, _ = embeds_BTD.shape
-        joined = torch.cat([embeds_BTD, self.suffix().expand(batch, -1, -1).to(embeds_BTD.dtype)], dim=1)
-        if lengths_B is None:
-            return joined
-        place = torch.arange(joined.shape[1], device=joined.device)[None]
-        source = torch.where(place < lengths_B[:, None], place, (place - lengths_B[:, None] + reach).clamp_max(joined.shape[1] - 1))
-        return joined.gather(1, source[..., None].expand(-1, -1, joined.shape[2]))
+
+def _with_suffix(embeds_BTD: Tensor, suffix_1SD: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """``[B, T + S, D]``: the suffix right behind each text, padding last."""
+    batch, reach, _ = embeds_BTD.shape
+    joined = torch.cat([embeds_BTD, suffix_1SD.expand(batch, -1, -1).to(embeds_BTD.dtype)], dim=1)
+    if lengths_B is None:
+        return joined
+    place = torch.arange(joined.shape[1], device=joined.device)[None]
+    source = torch.where(place < lengths_B[:, None], place, (place - lengths_B[:, None] + reach).clamp_max(joined.shape[1] - 1))
+    return joined.gather(1, source[..., None].expand(-1, -1, joined.shape[2]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megalens.batch import Batch
 from megalens.config import Config
 from megalens.device import resolve_device
 from megalens.families.adapters import adapter
@@ -162,7 +163,7 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
     return subject
 
 
-def shared_contexts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def shared_contexts(batch: Batch) -> tuple[Tensor, Tensor]:
     """Rows of a batch whose contexts hold every other row's: several positions of one document need one read.
 
     Returns:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase
 
 from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
@@ -82,7 +83,7 @@ class Verbalizer(nn.Module):
 
     lm: CausalLM
 
-    def __init__(self, config: Config, lm: CausalLM, tokenizer, mean_D: Tensor, var_D: Tensor):
+    def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, self.t_text, self.checkpoint_every = config.verbalizer, config.t_text, config.verbalizer.checkpoint_every_n_tokens
@@ -113,7 +114,7 @@ class Verbalizer(nn.Module):
         self.adapter = "verbalizer" if options.mode == "lora" and len(trained) else None
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
-    def forward(self, method: str, *args, **options):
+    def forward(self, method: str, *args: Any, **options: Any) -> Any:
         """Every use goes through here, so that engines' hooks on the module see it."""
         with adapter(self.lm, self.adapter):
             return getattr(self, f"_{method}")(*args, **options)

@@ -7,9 +7,12 @@ Every token of the decode runs prompt and text again; the subject reads the cont
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from megalens.batch import Batch
 from megalens.families.adapters import adapter
 from megalens.lens.lens import ConsistencyLens
 from megalens.objective.functions import kl_from_logits, relative_mse, resample_error, weighted_sum
@@ -24,7 +27,7 @@ class ReferenceStep(nn.Module):
         super().__init__()
         self.lens = lens
 
-    def forward(self, batch: dict[str, Tensor], at: Step) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, at: Step) -> dict[str, Tensor]:
         """The round trip's terms (``mse``, ``kl``, ``lm``, ``entropy``) and their weighted sum ``loss``."""
         lens, weights = self.lens, self.lens.objective.weights(at)
         a_BD = batch["activation"]
@@ -44,7 +47,7 @@ class ReferenceStep(nn.Module):
         return {"loss": weighted_sum(terms, weights)} | {name: value.detach() for name, value in terms.items()}
 
 
-def decode(lens: ConsistencyLens, batch: dict[str, Tensor], at: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode(lens: ConsistencyLens, batch: Batch, at: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids ``[B, T]``, straight-through embeddings ``[B, T, D]``, logits ``[B, T, V]`` and entropies ``[B, T]``."""
     v, lm, c, a_BD = lens.verbalizer, lens.subject.lm, lens.config, batch["activation"]
     tau = at.values["gumbel_tau_schedule"]
@@ -90,16 +93,17 @@ def reconstruct(lens: ConsistencyLens, embeds_BTD: Tensor) -> Tensor:
     return r.head(x[:, -1])
 
 
-def next_logits(lens: ConsistencyLens, batch: dict[str, Tensor], patch_BD: Tensor | None) -> Tensor:
+def next_logits(lens: ConsistencyLens, batch: Batch, patch_BD: Tensor | None) -> Tensor:
     """The subject's next-token logits ``[B, V]`` at P from a whole forward pass, its residual there replaced by ``patch_BD``."""
     lm, rows = lens.subject.lm, torch.arange(len(batch["position"]), device=batch["position"].device)
 
-    def replace(_, __, output: Tensor) -> Tensor:
+    def replace(patch_BD: Tensor, _, __, output: Tensor) -> Tensor:
         output = output.clone()
         output[rows, batch["position"]] = patch_BD.to(output.dtype)
         return output
 
-    hook = lm.blocks[lens.subject.layer_l].register_forward_hook(replace) if patch_BD is not None else None
+    block = lm.blocks[lens.subject.layer_l]
+    hook = None if patch_BD is None else block.register_forward_hook(partial(replace, patch_BD))
     try:
         with adapter(lm, None):
             logits_BV = lm.model(batch["input_ids"]).logits[rows, batch["position"]]

@@ -31,6 +31,7 @@ class Entropy(Term):
     name, key, needs, free, trains_text = "entropy", "entropy_weight", frozenset({"text"}), True, True
 
     def weight(self, at: Step) -> float:
+        """Minus its weight in the configuration: the loss falls as the entropy rises."""
         return -super().weight(at)
 
     def __call__(self, made: Pass) -> Tensor:
@@ -59,6 +60,7 @@ class LanguageKl(Term):
     name, key, needs, trains_text = "lm", "lm_base_weight", frozenset({"text"}), True
 
     def weight(self, at: Step) -> float:
+        """Its weight in the configuration, times ``alpha_schedule``."""
         return super().weight(at) * at.values["alpha_schedule"]
 
     def __call__(self, made: Pass) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -68,6 +68,6 @@ def cast_under_autocast(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(weight.dtype) if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) else hidden
 
 
-def without_autocast(tensor: Tensor):
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A context without autocast on the tensor's device. The meta device has no autocast."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -165,7 +165,8 @@ def _backward_operator(
     found = _implementation(impl, out_weight_VD).backward(
         grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, *tau_and_noise.tolist(), softcap, weights
     )
-    return tuple(hidden_BD.new_empty(0) if gradient is None else gradient for gradient in found)
+    of_hidden, of_weight, of_bias = (hidden_BD.new_empty(0) if gradient is None else gradient for gradient in found)
+    return of_hidden, of_weight, of_bias
 
 
 @_backward_operator.register_fake

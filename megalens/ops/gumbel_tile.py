@@ -11,15 +11,14 @@ A batch of few rows is bound by reading the embedding, and general matrix produc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megalens.ops.native import call
 from megalens.ops.noise import split_keys
-from megalens.ops.tile import HeadGradients, add_product, columns, head_tiles, same_weight, tile_size, tiles, wide
+from megalens.ops.tile import Gradients, HeadGradients, add_product, columns, head_tiles, same_weight, tile_pairs, tile_size, wide
 
 FEW_ROWS = 16
 STATE = 6  # top, sum e, sum e * z, noisy top, noisy sum e, z of the token
@@ -30,7 +29,15 @@ def _few(hidden_BD: Tensor, *weights: Tensor) -> bool:
     return len(hidden_BD) <= FEW_ROWS and hidden_BD.dtype in (torch.float32, torch.bfloat16) and all(w.stride(1) == 1 for w in weights)
 
 
-def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
+def forward(
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    keys_B: Tensor,
+    bias_V: Tensor | None,
+    tau: float,
+    noise: float,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
     """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
     rows, keys_2B = hidden_BD.shape[0], split_keys(keys_B)
     state = torch.zeros(STATE, rows, dtype=torch.float64)
@@ -52,8 +59,18 @@ def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, 
 
 
 def backward(
-    grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, tau: float, noise: float, softcap: float | None, weights: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grads: Sequence[Tensor],
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    in_weight_VD: Tensor,
+    keys_B: Tensor,
+    bias_V: Tensor | None,
+    saved: Sequence[Tensor],
+    tau: float,
+    noise: float,
+    softcap: float | None,
+    weights: bool,
+) -> Gradients:
     """Gradients of ``hidden`` and, where ``weights``, of ``out_weight`` and the bias.
 
     ``grads``: of embeds, log_prob, lse, entropy. ``saved``: ids, embeds, lse, entropy, noisy lse.
@@ -80,8 +97,7 @@ def backward(
 
     def factors(mean_B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each tile with ``[T, 2B]``: the logits' gradient but for the mean of q, and what that mean multiplies. Adds to the mean."""
-        in_tiles = repeat((None, None)) if tied else tiles(in_weight_VD)
-        for (tile, out_TD), (_, in_TD) in zip(tiles(out_weight_VD), in_tiles, strict=False):
+        for tile, out_TD, in_TD in tile_pairs(out_weight_VD, in_weight_VD):
             logits_TM, factors_TM = scratch_TM[:, : len(out_TD)]
             raw_TB, q_TB = logits_TM.chunk(2, dim=1)
             if tied:
@@ -89,7 +105,7 @@ def backward(
             else:
                 torch.mm(out_TD, hidden_DB, out=raw_TB)
                 torch.mm(in_TD, grad_DB, out=q_TB)
-            bias_T = None if bias_V is None else narrow_bias_V[tile]
+            bias_T = None if narrow_bias_V is None else narrow_bias_V[tile]
             of_tile = (raw_TB, raw_TB.stride(0), q_TB, q_TB.stride(0), bias_T, softcap or 0.0, keys_2B, tile.start, *raw_TB.shape)
             call("gumbel_gradient", raw_TB.dtype, *of_tile, noise, 1 / tau, rows_7B, ids_B, torch.get_num_threads(), factors_TM, mean_B)
             yield tile, out_TD, factors_TM
@@ -97,7 +113,14 @@ def backward(
     return assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights)
 
 
-def assemble(factors, hidden_BD, out_weight_VD, bias_V, lse_B, weights: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def assemble(
+    factors: Callable[[Tensor], Iterable[tuple[slice, Tensor, Tensor]]],
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    bias_V: Tensor | None,
+    lse_B: Tensor,
+    weights: bool,
+) -> Gradients:
     """Gradients from the tiles' factors. ``factors(mean)`` gives each tile, its embedding and ``[T, 2B]``, and adds to the mean of q."""
     mean_B = torch.zeros_like(lse_B, dtype=torch.float64)
     if not weights:

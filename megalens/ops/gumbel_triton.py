@@ -9,7 +9,7 @@ The noise is noise.py's: the same integer hash, then the same polynomials for it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalens.ops.gumbel_tile import assemble
 from megalens.ops.noise import split_keys
-from megalens.ops.tile import same_weight
+from megalens.ops.tile import Gradients, same_weight
 from megalens.ops.tile_triton import block, blocks, cap_logits, product, switches
 
 CHUNKS = 16  # of the vocabulary, whose factors exist at one time in the backward
@@ -142,7 +142,15 @@ def _factors(
 KERNELS = {"statistics": _statistics, "factors": _factors}
 
 
-def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, softcap: float | None) -> tuple[Tensor, ...]:
+def forward(
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    keys_B: Tensor,
+    bias_V: Tensor | None,
+    tau: float,
+    noise: float,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
     """ids, log_prob, lse, entropy and the log-sum-exp of the noisy logits over tau, each ``[B]``."""
     (B, D), V = hidden_BD.shape, out_weight_VD.shape[0]
     hidden_BD, sizes = hidden_BD.contiguous(), blocks(B, hidden_BD.dtype)
@@ -164,8 +172,18 @@ def forward(hidden_BD, out_weight_VD, keys_B, bias_V, tau: float, noise: float, 
 
 
 def backward(
-    grads, hidden_BD, out_weight_VD, in_weight_VD, keys_B, bias_V, saved, tau: float, noise: float, softcap: float | None, weights: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grads: Sequence[Tensor],
+    hidden_BD: Tensor,
+    out_weight_VD: Tensor,
+    in_weight_VD: Tensor,
+    keys_B: Tensor,
+    bias_V: Tensor | None,
+    saved: Sequence[Tensor],
+    tau: float,
+    noise: float,
+    softcap: float | None,
+    weights: bool,
+) -> Gradients:
     """As :func:`megalens.ops.gumbel_tile.backward`."""
     (grad_BD, *grad_rows), (ids_B, embeds_BD, lse_B, entropy_B, noisy_lse_B) = grads, saved
     (B, D), V = hidden_BD.shape, out_weight_VD.shape[0]

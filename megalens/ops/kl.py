@@ -107,7 +107,7 @@ def _operator(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of :class:`Divergences` and both log-sum-exps, which the backward needs."""
-    return kl_tile.forward(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap)
+    return kl_tile.forward((p_hidden_ND, q_hidden_ND), (p_weight_VD, q_weight_VD), (p_bias_V, q_bias_V), softcap)
 
 
 @_operator.register_fake
@@ -126,8 +126,9 @@ def _backward_operator(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of both hidden states, both embeddings and both biases, empty where not ``wanted``."""
-    p_hidden_ND, q_hidden_ND, *weights = hidden_and_weights
-    gradients = kl_tile.backward(grads, found, (p_hidden_ND, q_hidden_ND), weights, (p_bias_V, q_bias_V), softcap, wanted)
+    p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD = hidden_and_weights
+    hidden, weights, biases = (p_hidden_ND, q_hidden_ND), (p_weight_VD, q_weight_VD), (p_bias_V, q_bias_V)
+    gradients = kl_tile.backward(grads, found, hidden, weights, biases, softcap, wanted)
     return [p_hidden_ND.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 

@@ -7,33 +7,34 @@ What lies between the products is ``cpu/tile.cpp`` on a CPU, and plain torch ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megalens.ops.native import call
-from megalens.ops.tile import HeadGradients, cap_slope, capped, columns, fold, is_native, same_weight, tile_size, tiles, wide
+from megalens.ops.tile import HeadGradients, cap_slope, capped, columns, fold, is_native, same_weight, tile_pairs, tile_size, wide
+
+_Pair = tuple[Tensor, Tensor]  # of p and of q
+_Biases = tuple[Tensor | None, Tensor | None]
 
 
-def _logits(p_hidden_DN, q_hidden_DN, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> Iterator[tuple]:
+def _logits(hidden: _Pair, weights: _Pair, biases: _Biases, softcap: float | None) -> Iterator[tuple[slice, Tensor, Tensor, tuple]]:
     """Each tile with its rows of the two embeddings and, as ``cpu/tile.cpp`` takes them, its logits, biases and soft-cap."""
-    rows, tied = p_hidden_DN.shape[1], same_weight(p_weight_VD, q_weight_VD)
-    both_DM = torch.cat([p_hidden_DN, q_hidden_DN], dim=1) if tied else None
-    scratch_TM = p_hidden_DN.new_empty(tile_size(p_weight_VD), 2 * rows)
-    p_bias_V, q_bias_V = (None if bias is None else bias.to(scratch_TM.dtype).contiguous() for bias in (p_bias_V, q_bias_V))
-    q_tiles = repeat((None, None)) if tied else tiles(q_weight_VD)
-    for (tile, p_TD), (_, q_TD) in zip(tiles(p_weight_VD), q_tiles, strict=False):
+    p_hidden_DN, q_hidden_DN = hidden
+    both_DM = torch.cat(hidden, dim=1) if same_weight(*weights) else None
+    scratch_TM = p_hidden_DN.new_empty(tile_size(weights[0]), 2 * p_hidden_DN.shape[1])
+    p_bias_V, q_bias_V = (None if bias is None else bias.to(scratch_TM.dtype).contiguous() for bias in biases)
+    for tile, p_TD, q_TD in tile_pairs(*weights):
         p_raw_TN, q_raw_TN = scratch_TM[: len(p_TD)].chunk(2, dim=1)
-        if tied:
+        if both_DM is not None:
             torch.mm(p_TD, both_DM, out=scratch_TM[: len(p_TD)])
         else:
             torch.mm(p_TD, p_hidden_DN, out=p_raw_TN)
             torch.mm(q_TD, q_hidden_DN, out=q_raw_TN)
         sides = ((p_raw_TN, p_bias_V), (q_raw_TN, q_bias_V))
         raw = [item for raw_TN, bias_V in sides for item in (raw_TN, raw_TN.stride(0), None if bias_V is None else bias_V[tile])]
-        yield tile, p_TD, p_TD if tied else q_TD, (*raw, softcap or 0.0, *p_raw_TN.shape)
+        yield tile, p_TD, q_TD, (*raw, softcap or 0.0, *p_raw_TN.shape)
 
 
 def _statistics(dtype: torch.dtype, *of_tile) -> None:
@@ -70,22 +71,36 @@ def _both_capped(p_raw_TN, _p_stride, p_bias_T, q_raw_TN, _q_stride, q_bias_T, s
     return [capped(p_raw_TN, p_bias_T, softcap), capped(q_raw_TN, q_bias_T, softcap)]
 
 
-def forward(p_hidden_ND, q_hidden_ND, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap) -> tuple[Tensor, ...]:
-    """KL(p || q), KL(q || p), the entropies of p and q, and their log-sum-exps, each ``[N]``."""
-    hidden = columns(p_hidden_ND), columns(q_hidden_ND)
+def forward(hidden: _Pair, weights: _Pair, biases: _Biases, softcap: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """KL(p || q), KL(q || p), the entropies of p and q, and their log-sum-exps, each ``[N]``.
+
+    Args:
+        hidden: ``[N, D]`` of p and of q; their ``weights`` ``[V, D]`` and ``biases`` ``[V]`` likewise.
+    """
+    narrow = columns(hidden[0]), columns(hidden[1])
     # per side: top, sum e, sum e * z, sum e * z of the other side
-    state = torch.zeros(2, 4, p_hidden_ND.shape[0], dtype=torch.float64, device=p_hidden_ND.device)
+    state = torch.zeros(2, 4, hidden[0].shape[0], dtype=torch.float64, device=narrow[0].device)
     state[:, 0] = -torch.inf
-    for _, _, _, logits in _logits(*hidden, p_weight_VD, q_weight_VD, p_bias_V, q_bias_V, softcap):
-        _statistics(hidden[0].dtype, *logits, state)
+    for _, _, _, logits in _logits(narrow, weights, biases, softcap):
+        _statistics(narrow[0].dtype, *logits, state)
     top, mass, own, other = state.unbind(1)
     lse = top + mass.log()
     own, other = own / mass, other / mass  # the mean logit of the side itself and of the other side
     divergence = (own - lse) - (other - lse.flip(0))
-    return tuple(found.to(wide(p_hidden_ND.dtype), copy=True) for found in (*divergence, *(lse - own), *lse))
+    found = (*divergence, *(lse - own), *lse)
+    kl, reverse_kl, p_entropy, q_entropy, p_lse, q_lse = (scalar.to(wide(hidden[0].dtype), copy=True) for scalar in found)
+    return kl, reverse_kl, p_entropy, q_entropy, p_lse, q_lse
 
 
-def backward(grads, found, hidden, weights, biases, softcap: float | None, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def backward(
+    grads: Sequence[Tensor],
+    found: Sequence[Tensor],
+    hidden: _Pair,
+    weights: _Pair,
+    biases: _Biases,
+    softcap: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     """Gradients of the two hidden states, the two embeddings and the two biases, None where not ``wanted``.
 
     ``grads``: of both divergences and both entropies. ``found``: what :func:`forward` gave.
@@ -95,9 +110,9 @@ def backward(grads, found, hidden, weights, biases, softcap: float | None, wante
     narrow = columns(hidden[0]), columns(hidden[1])
     rows, sides = hidden[0].shape[0], [side for side in (0, 1) if any(wanted[side::2])]
     gradients = [HeadGradients(hidden[side], weights[side], biases[side], wanted[side::2]) for side in (0, 1)]
-    scratch = [narrow[0].new_empty(tile_size(weights[0]), rows) if side in sides else None for side in (0, 1)]
-    for tile, *embeddings, logits in _logits(*narrow, *weights, *biases, softcap):
-        _gradient(narrow[0].dtype, *logits, rows_10N, *scratch)
+    scratch = {side: narrow[0].new_empty(tile_size(weights[0]), rows) for side in sides}
+    for tile, *embeddings, logits in _logits(narrow, weights, biases, softcap):
+        _gradient(narrow[0].dtype, *logits, rows_10N, scratch.get(0), scratch.get(1))
         for side in sides:
             gradients[side].add(tile, scratch[side][: len(embeddings[0])], embeddings[side])
     (p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias) = (of_side.found() for of_side in gradients)

@@ -7,11 +7,13 @@ What lies between the products is ``cpu/tile.cpp`` on a CPU, and plain torch ope
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megalens.ops.native import call
-from megalens.ops.tile import HeadGradients, cap_slope, capped, columns, fold, head_tiles, is_native, tile_size, wide
+from megalens.ops.tile import Gradients, HeadGradients, cap_slope, capped, columns, fold, head_tiles, is_native, tile_size, wide
 
 
 def _statistics(raw_TN: Tensor, bias_T: Tensor | None, softcap: float | None, ids_N: Tensor, first_id: int, state_4N: Tensor) -> None:
@@ -49,7 +51,9 @@ def _place(ids_N: Tensor, first_id: int, size: int) -> tuple[Tensor, Tensor]:
     return at_N.clamp(0, size - 1)[None], (at_N >= 0) & (at_N < size)
 
 
-def forward(hidden_ND, weight_VD, ids_N, bias_V, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, bias_V: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and log-sum-exp, each ``[N]``; the log-probability of an id beyond the vocabulary is NaN."""
     state_4N = torch.zeros(4, len(hidden_ND), dtype=torch.float64, device=hidden_ND.device)
     state_4N[0], state_4N[3] = -torch.inf, torch.nan
@@ -58,10 +62,20 @@ def forward(hidden_ND, weight_VD, ids_N, bias_V, softcap: float | None) -> tuple
         _statistics(raw_TN, bias_T, softcap, ids_N, tile.start, state_4N)
     top_N, mass_N, moment_N, z_token_N = state_4N
     lse_N = top_N + mass_N.log()
-    return tuple(found.to(wide(hidden_ND.dtype)) for found in (z_token_N - lse_N, lse_N - moment_N / mass_N, lse_N))
+    dtype = wide(hidden_ND.dtype)
+    return (z_token_N - lse_N).to(dtype), (lse_N - moment_N / mass_N).to(dtype), lse_N.to(dtype)
 
 
-def backward(grads, hidden_ND, weight_VD, ids_N, bias_V, found, softcap: float | None, wanted) -> tuple[Tensor | None, ...]:
+def backward(
+    grads: Sequence[Tensor],
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_N: Tensor,
+    bias_V: Tensor | None,
+    found: Sequence[Tensor],
+    softcap: float | None,
+    wanted: Sequence[bool],
+) -> Gradients:
     """Gradients of hidden states, embedding and bias, None where not ``wanted``.
 
     ``grads``: of log-probability and entropy. ``found``: entropy and log-sum-exp.

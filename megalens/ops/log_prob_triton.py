@@ -7,12 +7,14 @@ torch multiplies it with the chunk's rows of the embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalens.ops.tile import HeadGradients, tile_size
+from megalens.ops.tile import Gradients, HeadGradients, tile_size
 from megalens.ops.tile_triton import blocks, cap_logits, product, switches
 
 SPANS = 256  # of the vocabulary, at the most: enough programs for a few rows, and little to fold for many
@@ -87,7 +89,9 @@ def _gradient(
 KERNELS = {"sums": _sums, "gradient": _gradient}
 
 
-def forward(hidden_ND, weight_VD, ids_N, bias_V, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, bias_V: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`megalens.ops.log_prob_tile.forward`."""
     (N, D), V = hidden_ND.shape, weight_VD.shape[0]
     hidden_ND, sizes = hidden_ND.contiguous(), blocks(N, hidden_ND.dtype, ROWS)
@@ -107,7 +111,16 @@ def forward(hidden_ND, weight_VD, ids_N, bias_V, softcap: float | None) -> tuple
     return z_token_N - lse_N, entropy_N, lse_N
 
 
-def backward(grads, hidden_ND, weight_VD, ids_N, bias_V, found, softcap: float | None, wanted) -> tuple[Tensor | None, ...]:
+def backward(
+    grads: Sequence[Tensor],
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_N: Tensor,
+    bias_V: Tensor | None,
+    found: Sequence[Tensor],
+    softcap: float | None,
+    wanted: Sequence[bool],
+) -> Gradients:
     """As :func:`megalens.ops.log_prob_tile.backward`."""
     (N, D), V, (entropy_N, lse_N) = hidden_ND.shape, weight_VD.shape[0], found
     hidden_ND, sizes = hidden_ND.contiguous(), blocks(N, hidden_ND.dtype, ROWS)

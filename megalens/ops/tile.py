@@ -9,7 +9,7 @@ Tiles lie transposed, ``[T, B]``: a slice of the embedding then enters the produ
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ def same_weight(one_VD: Tensor, other_VD: Tensor) -> bool:
     return one_VD.data_ptr() == other_VD.data_ptr() and one_VD.shape == other_VD.shape and one_VD.stride() == other_VD.stride()
 
 
+def tile_pairs(one_VD: Tensor, other_VD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The vocabulary slice by slice, each with its rows of two embeddings, which may be one: as :func:`tiles` gives them."""
+    if same_weight(one_VD, other_VD):
+        yield from ((tile, weight_TD, weight_TD) for tile, weight_TD in tiles(one_VD))
+    else:
+        yield from ((tile, one_TD, other_TD) for (tile, one_TD), (_, other_TD) in zip(tiles(one_VD), tiles(other_VD), strict=True))
+
+
 def add_product(total_MD: Tensor, left_TM: Tensor, weight_TD: Tensor) -> None:
     """``total += left.T @ weight``, the product in their dtype and the sum in ``total``'s."""
     if total_MD.dtype == left_TM.dtype:
@@ -86,7 +94,10 @@ def add_product(total_MD: Tensor, left_TM: Tensor, weight_TD: Tensor) -> None:
         total_MD += left_TM.T @ weight_TD
 
 
-def head_tiles(hidden_DN: Tensor, weight_VD: Tensor, bias_V: Tensor | None, size: int | None = None) -> Iterator[tuple]:
+HeadTile = tuple[slice, Tensor, Tensor, Tensor | None]  # what head_tiles gives
+
+
+def head_tiles(hidden_DN: Tensor, weight_VD: Tensor, bias_V: Tensor | None, size: int | None = None) -> Iterator[HeadTile]:
     """Each tile: its slice, its rows of the embedding, its raw logits ``[T, N]`` (valid until the next is taken) and its bias ``[T]``."""
     size = size or tile_size(weight_VD)
     scratch_TN = hidden_DN.new_empty(size, hidden_DN.shape[1])
@@ -127,15 +138,19 @@ def fold(state: Tensor, top: Tensor, sums: Tensor) -> None:
     state[..., 0, :] = base
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, embedding and bias; None where not wanted."""
+
+
 class HeadGradients:
     """Gradients of a head's hidden states, embedding and bias (those ``wanted``), summed over tiles of the logits' gradient."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, ...]):
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: Sequence[bool]):
         for_hidden, for_weight, for_bias = wanted
         self._hidden_ND = hidden_ND
         self._total_ND = torch.zeros_like(hidden_ND, dtype=wide(hidden_ND.dtype)) if for_hidden else None
         self._of_weight_VD = torch.empty_like(weight_VD) if for_weight else None
-        self._of_bias_V = torch.empty_like(bias_V) if for_bias else None
+        self._of_bias_V = torch.empty_like(bias_V) if for_bias and bias_V is not None else None
 
     def add(self, tile: slice, gradient_TN: Tensor, weight_TD: Tensor) -> None:
         """Add what a tile gives, from the gradient of its logits and its rows of the embedding."""
@@ -146,7 +161,7 @@ class HeadGradients:
         if self._of_bias_V is not None:
             self._of_bias_V[tile] = gradient_TN.sum(1)
 
-    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def found(self) -> Gradients:
         """Gradients of hidden states, embedding and bias, None where not wanted."""
         total_ND = None if self._total_ND is None else self._total_ND.to(self._hidden_ND.dtype)
         return total_ND, self._of_weight_VD, self._of_bias_V

@@ -1,5 +1,7 @@
 """Gemma: embeddings scaled by their own module, soft-capped logits (2), one rotary embedding per kind of attention (3)."""
 
+from typing import cast
+
 from torch import Tensor
 
 from megalens.families.protocol import Family
@@ -13,7 +15,7 @@ class Gemma(Family):
     @property
     def embed_scale(self) -> Tensor:
         """sqrt(D), rounded as the embedding rounds it when it multiplies."""
-        return self.embedding.embed_scale
+        return cast(Tensor, self.embedding.embed_scale)
 
     @property
     def softcap(self) -> float | None:

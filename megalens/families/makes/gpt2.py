@@ -1,6 +1,8 @@
 """GPT-2: parts under names of its own, learned positions, no rotary embedding."""
 
-from torch import Tensor
+from typing import cast
+
+from torch import Tensor, nn
 
 from megalens.families.protocol import Family
 from megalens.families.registry import register
@@ -14,4 +16,4 @@ class GPT2(Family):
 
     def enter(self, embeds_BSD: Tensor, positions: Tensor) -> Tensor:
         """Adds the learned embedding of each position."""
-        return embeds_BSD + self.base.wpe(positions)
+        return embeds_BSD + cast(nn.Module, self.base.wpe)(positions)

@@ -1,6 +1,6 @@
 """gpt-oss: attention sinks, which only transformers' plain attention has."""
 
-from megalens.families.protocol import Family
+from megalens.families.protocol import Family, Settings
 from megalens.families.registry import register
 
 
@@ -9,6 +9,6 @@ class GPTOSS(Family):
     """gpt-oss."""
 
     @staticmethod
-    def attention(config) -> str:
+    def attention(config: Settings) -> str:
         """Plain attention: it alone adds the sinks."""
         return "eager"
