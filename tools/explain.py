@@ -72,15 +72,14 @@ def read_arguments(arguments: list[str]) -> tuple[dict, str]:
 
 def as_table(tokens: list, trained: range, search: str) -> str:
     """Token, explanation and FVE in aligned columns."""
+    from megalens.evaluate.table import align
     from megalens.evaluate.text import visible
 
-    rows = [("token", f"explanation ({search})", "FVE")]
+    rows = [["token", f"explanation ({search})", "FVE "]]
     for at, each in enumerate(tokens):
-        rows.append(
-            (visible(each.token) or "·", visible(each.explanation) or "(nothing)", f"{each.fve:.2f}" + (" " if at in trained else "*"))
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(f"{row[0].rjust(widths[0])}  {row[1].strip().ljust(widths[1])}  {row[2].rjust(widths[2])}".rstrip() for row in rows)
+        said = visible(each.explanation).strip() or "(nothing)"
+        rows.append([visible(each.token) or "·", said, f"{each.fve:.2f}" + (" " if at in trained else "*")])
+    return align(rows, "><>")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,17 @@ def number(value: float) -> str:
     return f"{value:.3f}".replace("-0.000", "0.000")
 
 
-def align(rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell; the first to the left, the others to the right."""
+def align(rows: list[list[str]], sides: str = "<>", gap: str = "  ") -> str:
+    """Columns padded to their widest cell.
+
+    Args:
+        sides: ``<`` (left) or ``>`` (right) for each column; the last is that of all further ones.
+        gap: between columns.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    sides = sides.ljust(len(widths), sides[-1])
+    lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]
+    return "\n".join(gap.join(line).rstrip() for line in lines)
 
 
 def describe(result: Result) -> str:
@@ -58,15 +64,8 @@ def describe(result: Result) -> str:
 
 def examples(result: Result, tail: int = 60) -> str:
     """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen."""
-    rows = [["context ends with", "  explanation", "FVE"]]
+    rows = [["context ends with", "→", "explanation", "   FVE"]]
     for example in result.examples:
-        context = visible(example["context"])
-        rows.append(
-            [
-                ("…" + context[-tail:] if len(context) > tail else context).rjust(tail + 1),
-                visible(example["explanation"]),
-                f"{example['fve']:.2f}",
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(f"{row[0].rjust(widths[0])} → {row[1].strip().ljust(widths[1])} {row[2]:>6}" for row in rows)
+        context, said = visible(example["context"]), visible(example["explanation"]).strip()
+        rows.append(["…" + context[-tail:] if len(context) > tail else context, "→", said, f"{example['fve']:6.2f}"])
+    return align(rows, "><<>", " ")

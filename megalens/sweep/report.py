@@ -11,6 +11,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from megalens.evaluate.page import escape, page
+from megalens.evaluate.table import align
 from megalens.files import new_file
 from megalens.sweep.file import SweepFile
 from megalens.sweep.offline import command_of, run_name, trial_config
@@ -26,8 +27,7 @@ def table(search: Search) -> str:
     rows = [["trial", *keys, metric, "state"]]
     for trial in ranked(search):
         rows.append([str(trial.number), *(_short(point_of(trial)[key]) for key in keys), _short(_value(trial)), _STATES[trial.state]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return align(rows, ">")
 
 
 def best_command(search: Search) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalens.engine.base import Engine, to_device
+from megalens.engine.base import Engine, to_device, with_rollouts
 from megalens.evaluate.measure import RowScorer, read_by_lens
 from megalens.evaluate.metrics import figures, join, row_fve
 from megalens.explain.search import Greedy
@@ -57,7 +57,8 @@ class Validator:
         losses: dict[str, float] = {}
         parts, samples = [], []
         for batch in self._batches():
-            for name, value in self.lens(batch, at).items():
+            ((_, rollouts),) = with_rollouts([batch], self.engine.sample([batch], at))
+            for name, value in self.lens(batch, at, *rollouts).items():
                 losses[name] = losses.get(name, 0.0) + value.item() * len(batch["position"]) / len(self._rows)
             texts = self.search(self.lens, batch["activation"], batch["sample_id"]).texts
             rows = RowScorer(self.lens, batch, self.statistics)(read_by_lens(self.lens, texts))
