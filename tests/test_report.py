@@ -1,6 +1,5 @@
-"""tools/eval.py from a checkpoint to its files, and the page: self-contained, escaped, complete."""
+"""`megalens eval` from a checkpoint to its files, and the page: self-contained, escaped, complete."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import pytest
 from saved_lens import make_run
 
 from megalens import cli
+from megalens.commands import eval as tool
 from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.page import escape, shade
@@ -19,7 +19,6 @@ from megalens.evaluate.report import render
 from megalens.evaluate.table import examples
 from megalens.training.track import read_curve
 
-tool = importlib.import_module("eval")
 EVIL = "</td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e"
 
 
@@ -94,7 +93,7 @@ def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name one checkpoint"),
+        ([], "arguments are required: --checkpoint"),
         (["checkpoint=nowhere/best"], "nowhere/best is no checkpoint"),
         (["checkpoint=BEST", "evaluation.num_sample=3"], "did you mean 'evaluation.num_samples'"),
         (["checkpoint=BEST", "evaluation.num_samples="], "is empty"),
