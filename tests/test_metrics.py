@@ -40,7 +40,7 @@ def test_a_perfect_rebuild_explains_everything_and_the_mean_nothing(data):
     assert perfect["fve"] == perfect["fve_std"] == perfect["fve_nrm"] == 1
     mean = figures(row_statistics(a_BD, statistics.mean.expand(60, -1), statistics))
     assert mean["fve"] == mean["fve_std"] == 0
-    assert mean["fve_nrm"] < 0  # a unit vector can not be as close to all as the shorter mean is
+    assert mean["fve_nrm"] < 0  # a unit vector cannot be as close to all as the shorter mean is
 
 
 def test_fve_is_hurt_by_a_constant_bias(data):

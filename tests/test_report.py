@@ -149,7 +149,7 @@ def test_results_lie_in_the_run_of_the_checkpoint(checkpoint):
     assert tool.run_folder(run_dir / "checkpoints" / "step-00000012") == run_dir
 
 
-def test_texts_can_not_break_out_of_the_page(evil):
+def test_texts_cannot_break_out_of_the_page(evil):
     page = render(evil, EVIL, [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}])
     scripts = re.findall(r"<script.*?>(.*?)</script>", page, re.DOTALL)
     assert len(scripts) == 1

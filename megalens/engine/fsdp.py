@@ -48,7 +48,7 @@ class FsdpEngine(Engine):
 
     Raises:
         EngineError: ``fsdp.shard_ranks`` does not divide the ranks, or ``fsdp.tensor_ranks`` not the ranks of a copy.
-        ConfigError: the module can not be sliced for ``fsdp.tensor_ranks``.
+        ConfigError: the module cannot be sliced for ``fsdp.tensor_ranks``.
     """
 
     def __init__(self, config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):

@@ -2,4 +2,4 @@
 
 
 class EvaluationError(ValueError):
-    """Something can not be measured or explained. The message is one line and names what mends it."""
+    """Something cannot be measured or explained. The message is one line and names what mends it."""
