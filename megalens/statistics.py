@@ -43,7 +43,8 @@ class ActivationStatistics:
             return parts[0]
 
         def average(values: list[Tensor]) -> Tensor:
-            return sum(value.double() * float(share) for value, share in zip(values, shares, strict=True)).float()
+            weighted = (value.double() * float(share) for value, share in zip(values, shares, strict=True))
+            return sum(weighted, torch.zeros((), dtype=torch.float64)).float()
 
         mean_D = average([part.mean for part in parts])
         var_D = average([part.var + (part.mean - mean_D) ** 2 for part in parts])
