@@ -48,6 +48,7 @@ SLOW = {
     "prepare_demo",
     "readme",
     "report",
+    "search",
     "slurm",
     "sweep_offline",
     "sweep_search",

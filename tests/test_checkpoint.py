@@ -270,7 +270,7 @@ def test_checkpoint_cannot_switch_on_remote_code(evil, same_weights):
         Lens.from_pretrained(checkpoint)
     for tool, arguments in (("explain", ["hello"]), ("eval", [])):
         with pytest.raises((refusal, DataError)):
-            importlib.import_module(tool).main([f"checkpoint={checkpoint}", *arguments])
+            importlib.import_module(f"megalens.commands.{tool}").main([f"checkpoint={checkpoint}", *arguments])
     assert not mark.exists()
 
 

@@ -275,7 +275,7 @@ def test_a_dump_of_all_rows_serves_who_asks_for_just_as_many(make_config):
 # -------------------------------------------------------------------------------------------------- reuse and refusal
 
 
-def test_a_dump_that_can_not_serve_says_why(make_config):
+def test_a_dump_that_cannot_serve_says_why(make_config):
     config = make_config(num_samples=50)
     assert "there is no dump" in check(config, "train")
     dump(config)

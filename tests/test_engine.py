@@ -343,7 +343,7 @@ def test_every_file_of_ds_configs_resolves(name):
         ({"scheduler": {"type": "WarmupLR"}}, "take out the section scheduler; the setting is lr_scheduler"),
         ({"fp16": {"enabled": True}}, r"take out the section fp16; the setting is dtype \(bf16 or fp32\)"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4 must be 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, r"zero_optimization.reduce_bucket_size can not be \"auto\""),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, r"zero_optimization.reduce_bucket_size cannot be \"auto\""),
     ],
 )
 def test_contradiction_is_refused_and_named(tmp_path, changes, message):
@@ -356,7 +356,7 @@ def test_equal_value_is_no_contradiction_and_fp16_may_be_off(tmp_path):
     assert ds_config.resolve(config, 2)["gradient_clipping"] == 0.5
 
 
-def test_nvme_is_refused_where_its_operations_can_not_be_built(tmp_path, monkeypatch):
+def test_nvme_is_refused_where_its_operations_cannot_be_built(tmp_path, monkeypatch):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     config = ds_file(tmp_path, zero_optimization={"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}})

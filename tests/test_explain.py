@@ -1,4 +1,4 @@
-"""tools/explain.py as a user meets it."""
+"""`megalens explain` as a user meets it."""
 
 import io
 import json
@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 
-import explain
 import pytest
 from conftest import ROOT
 from saved_lens import make_run
 
 from megalens import cli
+from megalens.commands import explain
 
 TEXT = "Arden is a river."
 
@@ -76,13 +76,14 @@ def test_a_page_is_written_beside_the_table(checkpoint, monkeypatch, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["some text"], "no checkpoint is named"),
+        (["some text"], "arguments are required: --checkpoint"),
         (["checkpoint=nowhere/best", "some text"], "nowhere/best is no checkpoint"),
         (["checkpoint=BEST"], "0 texts are given"),
         (["checkpoint=BEST", "two", "texts"], "2 texts are given; quote one"),
         (["checkpoint=BEST", ""], "the text is empty"),
         (["checkpoint=BEST", "--jsn", "text"], "unknown option --jsn"),
-        (["checkpoint=BEST", "text", "--html"], "--html wants a file"),
+        (["checkpoint=BEST", "devise=cpu", "text"], "unknown key 'devise' in the command line; did you mean 'device'?"),
+        (["checkpoint=BEST", "text", "--html"], "--html: expected one argument"),
         (["checkpoint=BEST", "word " * 300], "more than the window"),
         (["checkpoint=BEST", "dtype=fp8", "text"], "dtype=fp8 must be one of"),
         (["checkpoint=BEST", "search=beam:8", "text"], "'beam:8' is no search; write greedy, or best_of:K"),

@@ -99,7 +99,7 @@ def test_converted_rows_are_the_source_and_can_be_trained_on(dumped, kind):
         convert_command.main(arguments)
 
 
-def test_what_can_not_be_converted_is_named(dumped):
+def test_what_cannot_be_converted_is_named(dumped):
     rows = some_rows(dumped)
     cases = {
         "there is no file": "none.npy",

@@ -96,7 +96,7 @@ def test_a_dump_smaller_than_a_batch_is_refused_with_the_keys_to_change(dump):
         ActivationLoader(dump[0], 251, 0)
 
 
-def test_ranks_that_can_not_share_a_batch_are_refused(dump):
+def test_ranks_that_cannot_share_a_batch_are_refused(dump):
     with pytest.raises(DataError, match="multiple of 5"):
         ActivationLoader(dump[0], B, 0, 0, 5)
 

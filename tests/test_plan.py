@@ -162,7 +162,7 @@ def test_ranks_of_a_node_slice_the_blocks_and_share_their_samples(full):
     assert choose(config, {1: dataclasses.replace(step, frozen=10**12), 2: sliced}, 4, enough)[0] == copies
 
 
-def test_heads_that_can_not_be_shared_are_no_slices(objective, monkeypatch):
+def test_heads_that_cannot_be_shared_are_no_slices(objective, monkeypatch):
     config = load_config(objective)
     monkeypatch.setattr(report, "footprint", meta_lens)
     assert sorted(report.footprints(config, 2)) == [1, 2]

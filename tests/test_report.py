@@ -1,6 +1,5 @@
-"""tools/eval.py from a checkpoint to its files, and the page: self-contained, escaped, complete."""
+"""`megalens eval` from a checkpoint to its files, and the page: self-contained, escaped, complete."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import pytest
 from saved_lens import make_run
 
 from megalens import cli
+from megalens.commands import eval as tool
 from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.page import escape, shade
@@ -19,7 +19,6 @@ from megalens.evaluate.report import render
 from megalens.evaluate.table import examples
 from megalens.training.track import read_curve
 
-tool = importlib.import_module("eval")
 EVIL = "</td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e"
 
 
@@ -94,7 +93,7 @@ def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name one checkpoint"),
+        ([], "arguments are required: --checkpoint"),
         (["checkpoint=nowhere/best"], "nowhere/best is no checkpoint"),
         (["checkpoint=BEST", "evaluation.num_sample=3"], "did you mean 'evaluation.num_samples'"),
         (["checkpoint=BEST", "evaluation.num_samples="], "is empty"),
@@ -150,7 +149,7 @@ def test_results_lie_in_the_run_of_the_checkpoint(checkpoint):
     assert tool.run_folder(run_dir / "checkpoints" / "step-00000012") == run_dir
 
 
-def test_texts_can_not_break_out_of_the_page(evil):
+def test_texts_cannot_break_out_of_the_page(evil):
     page = render(evil, EVIL, [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}])
     scripts = re.findall(r"<script.*?>(.*?)</script>", page, re.DOTALL)
     assert len(scripts) == 1

@@ -219,7 +219,7 @@ def test_a_stopped_sweep_leaves_its_trial_and_the_same_command_goes_on(sweep_fil
     assert starts(0) == 2
 
 
-def test_what_can_not_run_is_refused_before_a_trial(sweep_file, dumped_checkout, monkeypatch):
+def test_what_cannot_run_is_refused_before_a_trial(sweep_file, dumped_checkout, monkeypatch):
     def refused(file):
         with pytest.raises(ValueError) as caught:
             sweep_command.main([str(file)])

@@ -70,7 +70,7 @@ def test_offline_tracker_writes_under_the_runs_folder_and_a_resume_keeps_its_id(
 
 
 @pytest.mark.parametrize("kind", ["UsageError", "CommError", "AuthenticationError"])
-def test_online_tracker_that_can_not_log_in_says_how_to_go_on_in_one_line(tmp_path, monkeypatch, kind):
+def test_online_tracker_that_cannot_log_in_says_how_to_go_on_in_one_line(tmp_path, monkeypatch, kind):
     import wandb
 
     def refuse(**_):

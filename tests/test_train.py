@@ -127,7 +127,7 @@ def test_two_ranks_with_slices_of_the_blocks_compute_the_same_run(place, alone):
 @pytest.mark.parametrize(
     ("batch_size", "ranks", "tensor_ranks", "message"),
     [
-        (6, 4, 1, "batch_size=6 can not be shared by 4 processes"),
+        (6, 4, 1, "batch_size=6 cannot be shared by 4 processes"),
         (6, 4, 2, "batch_size=6 gives 3 samples to each of 2 groups of 2 processes"),
         (6, 3, 2, "fsdp.tensor_ranks=2 does not divide the 3 processes"),
         (8, 3, 3, None),
@@ -230,9 +230,9 @@ def test_what_it_refuses_each_in_one_line(here, monkeypatch):
     assert "lower batch_size" in here(tiny, "batch_size=100000", "run_name=large")
 
 
-def test_batch_that_the_ranks_can_not_share_is_refused_once(place):
+def test_batch_that_the_ranks_cannot_share_is_refused_once(place):
     launcher = [*TORCHRUN, "2"]
-    assert "batch_size=7 can not be shared by 2 processes" in refused(place, "config=conf/tiny.yaml", "batch_size=7", launcher=launcher)
+    assert "batch_size=7 cannot be shared by 2 processes" in refused(place, "config=conf/tiny.yaml", "batch_size=7", launcher=launcher)
     odd = refused(place, "config=conf/tiny.yaml", "batch_size=6", "kl_base_weight=1", launcher=launcher)
     assert "kl_base_weight needs an even number" in odd
 

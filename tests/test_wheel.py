@@ -51,10 +51,10 @@ def test_installed_without_a_checkout_it_trains_a_lens(wheel, tmp_path):
     place.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
     (packages,) = (home / "lib").glob("python*/site-packages")
-    (packages / "these.pth").write_text("\n".join(site.getsitepackages()))
-    install = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, capture_output=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, env=environment, check=True, capture_output=True)
+    (packages / "these.pth").write_text("\n".join(site.getsitepackages()))
 
     def run(command: str, *arguments: str) -> str:
         done = subprocess.run([home / "bin" / command, *arguments], cwd=place, env=environment, capture_output=True, text=True)

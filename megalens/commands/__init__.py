@@ -30,6 +30,8 @@ COMMANDS = {
     "pipeline": "megalens.commands.pipeline",
     "submit": "megalens.commands.submit",
     "sweep": "megalens.commands.sweep",
+    "eval": "megalens.commands.eval",
+    "explain": "megalens.commands.explain",
 }
 
 

@@ -164,7 +164,7 @@ def _check_value(key: str, value, where: str) -> None:
     if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
         raise ConfigError(f"{where}: {key} is a section; set its keys, e.g. {key}.{dataclasses.fields(kind)[0].name}=...")
     if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(kind):
-        raise ConfigError(f"{where}: {key} can not be null")
+        raise ConfigError(f"{where}: {key} cannot be null")
     if str(kind).startswith("list") and not isinstance(value, list):
         raise ConfigError(f"{where}: {key} is a list; write {key}=[a,b,...]")
 

@@ -20,7 +20,7 @@ def resolve(config: Config, ranks: int) -> dict:
     """The file's content with every ``"auto"`` replaced.
 
     Raises:
-        EngineError: it can not be read, contradicts the configuration, or asks for what megalens does otherwise.
+        EngineError: it cannot be read, contradicts the configuration, or asks for what megalens does otherwise.
     """
     found = _read(config)
     _stage(config, found)
@@ -35,7 +35,7 @@ def resolve(config: Config, ranks: int) -> dict:
     del found["optimizer"]  # held against the configuration above; the engine makes it
     left = _autos(found)
     if left:
-        raise EngineError(f'{config.deepspeed}: {left[0]} can not be "auto"; give it a value or leave it out')
+        raise EngineError(f'{config.deepspeed}: {left[0]} cannot be "auto"; give it a value or leave it out')
     return {"steps_per_print": None, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **found}
 
 
@@ -100,7 +100,7 @@ def _check_nvme(config: Config, found: dict) -> None:
 
             if not AsyncIOBuilder().is_compatible(verbose=False):
                 mend = 'install libaio-dev and a C++ compiler, or write "device": "cpu"'
-                raise EngineError(f"{config.deepspeed}: {section} to nvme needs DeepSpeed's async_io, which can not be built here; {mend}")
+                raise EngineError(f"{config.deepspeed}: {section} to nvme needs DeepSpeed's async_io, which cannot be built here; {mend}")
 
 
 def _autos(values: dict, prefix: str = "") -> list[str]:

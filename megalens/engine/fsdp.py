@@ -50,7 +50,7 @@ class FsdpEngine(Engine):
 
     Raises:
         EngineError: ``fsdp.shard_ranks`` does not divide the ranks, or ``fsdp.tensor_ranks`` not the ranks of a copy.
-        ConfigError: the module can not be sliced for ``fsdp.tensor_ranks``.
+        ConfigError: the module cannot be sliced for ``fsdp.tensor_ranks``.
     """
 
     def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):

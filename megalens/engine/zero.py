@@ -157,7 +157,7 @@ class ZeroEngine(Engine):
 
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
         set_parameter, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
-        if self._is_stage_3:  # whose setters of whole values can not pad a parameter that the ranks do not divide
+        if self._is_stage_3:  # whose setters of whole values cannot pad a parameter that the ranks do not divide
             set_parameter, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
             share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's own attribute
             padded = torch.zeros(share * self.world_size, device=self.device)

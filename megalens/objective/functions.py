@@ -27,7 +27,7 @@ def resample_error(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
         ValueError: an odd number of rows.
     """
     if len(a_BD) % 2:
-        raise ValueError(f"{len(a_BD)} rows on a rank can not be paired: batch_size / ranks must be even when kl_base_weight is not 0")
+        raise ValueError(f"{len(a_BD)} rows on a rank cannot be paired: batch_size / ranks must be even when kl_base_weight is not 0")
     error_BD = (a_BD - a_hat_BD).detach()
     return error_BD.view(-1, 2, error_BD.shape[-1]).flip(1).reshape(error_BD.shape)
 

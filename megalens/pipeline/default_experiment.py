@@ -18,7 +18,7 @@ def with_experiment(arguments: list[str]) -> list[str]:
 
     The experiment is then the demo's warm start where its activations have been dumped (``make demo`` does), and else conf/tiny.yaml,
     whose model, text and activations are made here in seconds; to be called by every rank. The run is ``outputs/default_<its name>``. A
-    batch that the ranks can not share evenly is made as much larger as it takes.
+    batch that the ranks cannot share evenly is made as much larger as it takes.
     """
     if not _names_engine_only(arguments):
         return arguments

@@ -22,7 +22,7 @@ TRAINER_VERSION = 2
 
 
 class TrainingError(ValueError):
-    """The training can not go on. The message is one line and names the mend."""
+    """The training cannot go on. The message is one line and names the mend."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from megalens.training.start import source_folder
 
 
 def check_ready(config: Config) -> torch.device:
-    """Refuse a training that can not run, and tell its device.
+    """Refuse a training that cannot run, and tell its device.
 
     Raises:
         ValueError: one of ours, in one line that names the mend.
@@ -30,7 +30,7 @@ def check_ready(config: Config) -> torch.device:
         raise EngineError(f"fsdp.tensor_ranks={together} does not divide the {ranks} processes")
     shares, who = ranks // together, "processes" if together == 1 else f"groups of {together} processes"
     if config.batch_size % shares:
-        raise EngineError(f"batch_size={config.batch_size} can not be shared by {shares} {who}; make it a multiple of {shares}")
+        raise EngineError(f"batch_size={config.batch_size} cannot be shared by {shares} {who}; make it a multiple of {shares}")
     if config.kl_base_weight and config.batch_size // shares % 2:
         share = f"{config.batch_size // shares} samples to each of {shares} {who}"
         raise EngineError(f"batch_size={config.batch_size} gives {share}; kl_base_weight needs an even number")

@@ -17,7 +17,7 @@ class Watchdog:
     """While entered: ends the process when :meth:`at` has not been called for ``seconds``.
 
     Rank 0 first tells, in one line, where all ranks stand.
-    A rank that can not even say that (stopped, out of power, its thread starved) is named as silent. The launcher ends the other ranks
+    A rank that cannot even say that (stopped, out of power, its thread starved) is named as silent. The launcher ends the other ranks
     when the first is gone; if it does not, each ends itself a little later.
 
     Args:

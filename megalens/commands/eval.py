@@ -1,0 +1,66 @@
+"""Measure a trained lens on held-out documents, beside every floor and ceiling, and write evaluation.json and report.html into its run.
+
+usage: megalens eval checkpoint=outputs/<run>/best [key=value ...]
+
+  checkpoint=FOLDER               the lens: outputs/<run>/best, last, or one of outputs/<run>/checkpoints/
+  evaluation.num_samples=N        held-out rows (-1: all)
+  evaluation.bootstrap=N          resamples of documents for the 95 % intervals (0: no intervals)
+  evaluation.search=best_of:K     of K explanations the one that is rebuilt best, in place of greedy
+  device=cpu|cuda dtype=bf16|fp32 where and how to compute
+  trust_remote_code=true          run code that comes with the subject; a checkpoint never says so itself
+
+Other keys are those the lens was trained with (conf/config.yaml lists them all). Needs the run's validation dump (tools/dump_acts.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megalens.arguments import Arguments
+from megalens.checkpoint.checksums import read_json
+from megalens.checkpoint.formats import load_lens
+from megalens.checkpoint.formats.megalens import check_subject, read_about, read_config
+from megalens.data.identity import model_identity
+from megalens.data.loader import ActivationLoader
+from megalens.evaluate import report
+from megalens.evaluate.evaluation import evaluate, training_statistics
+from megalens.evaluate.table import examples, table
+from megalens.explain.search import search_named
+from megalens.families.loading import subject_fingerprint
+from megalens.training.track import read_curve
+
+
+def main(arguments: list[str]) -> None:
+    parser = Arguments("megalens eval checkpoint=outputs/<run>/best")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    args, settings = parser.split(arguments)
+    folder = args.checkpoint
+    config = read_config(folder, settings)
+    search, fingerprint = search_named(config.evaluation.search), subject_fingerprint(config)
+    check_subject(folder, fingerprint)
+    loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
+    loader.reader.check_matches({**model_identity(config), "d": read_about(folder)["width"]})
+    loaded = load_lens(folder, **dataclasses.asdict(config))
+    statistics, source = training_statistics(config, loaded)
+    result = evaluate(loaded.lens, loader, config, statistics, search)
+    result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
+    run = run_folder(folder)
+    report.save(run, result, read_curve(run / "metrics.jsonl"))
+    print(f"\n{table(result)}\n\n{examples(result)}\n\nwritten: {run / 'evaluation.json'} and {run / 'report.html'}")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run a checkpoint belongs to; a checkpoint that lies elsewhere is its own."""
+    if checkpoint.is_symlink():
+        return checkpoint.parent
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def training_length(checkpoint: Path, batch_size: int) -> str | None:
+    """How long the lens was trained, in words, where the checkpoint tells."""
+    path = checkpoint / "trainer.json"
+    if not path.is_file():
+        return None
+    steps = read_json(path)["progress"]["step"]
+    return f"{steps:,} micro-steps of {batch_size} rows"

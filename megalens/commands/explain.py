@@ -1,0 +1,66 @@
+"""Say what a trained lens reads in each token of a text, and how well its words rebuild the activation.
+
+FVE: 1 is a perfect rebuild, 0 no better than the training mean.
+
+usage: megalens explain checkpoint=outputs/<run>/best "any text" [--json] [--html FILE] [search=best_of:8]
+       [device=cpu|cuda] [dtype=bf16|fp32] [trust_remote_code=true]
+
+  "any text"   the text; - reads it from the standard input; write -- before a text that looks like an option or a setting
+  --json       print a JSON list of token, explanation, fve and search instead of a table
+  trust_remote_code=true  run code that comes with the subject; a checkpoint never says so itself
+  --html FILE  also write a page with the tokens coloured by their FVE, the explanations on hover
+  search=S     how explanations are chosen: greedy (the default), or best_of:K, of K the one from which the lens rebuilds best
+
+A * marks positions outside those the lens was trained on (the first ones are attention sinks): read them with care.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megalens import Lens
+from megalens.arguments import Arguments
+from megalens.config import ConfigError
+from megalens.evaluate import report
+from megalens.evaluate.table import align
+from megalens.evaluate.text import visible
+from megalens.explain.search import search_named
+
+SETTINGS = ("device", "dtype", "model_name", "trust_remote_code")
+EXAMPLE = 'megalens explain checkpoint=outputs/<run>/best "any text"'
+
+
+def main(arguments: list[str]) -> None:
+    parser = Arguments(EXAMPLE)
+    parser.add_argument("texts", nargs="*")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--html", type=Path)
+    parser.add_argument("--search", default="greedy")
+    args, settings = parser.split(arguments, SETTINGS)
+    if len(args.texts) != 1:
+        raise ConfigError(f"{len(args.texts)} texts are given; quote one: {EXAMPLE}")
+    (text,) = args.texts
+    name = search_named(args.search).name
+    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
+    lens = Lens.from_pretrained(args.checkpoint, **changes)
+    tokens = lens.explain(sys.stdin.read().removesuffix("\n") if text == "-" else text, search=args.search)
+    dumper = lens.module.config.activation_dumper
+    trained = range(dumper.min_pos, dumper.seq_len)
+    if args.html is not None:
+        report.write_explanation(
+            args.html, tokens, f"layer {lens.module.config.layer_l} of {lens.module.config.model_label}, {name}", trained
+        )
+    print(json.dumps([asdict(token) for token in tokens], indent=1) if args.json else as_table(tokens, trained, name))
+
+
+def as_table(tokens: list, trained: range, search: str) -> str:
+    """Token, explanation and FVE in aligned columns."""
+    rows = [["token", f"explanation ({search})", "FVE "]]
+    for at, each in enumerate(tokens):
+        said = visible(each.explanation).strip() or "(nothing)"
+        rows.append([visible(each.token) or "·", said, f"{each.fve:.2f}" + (" " if at in trained else "*")])
+    return align(rows, "><>")
