@@ -36,7 +36,7 @@ def measure(folder: Path, engine_name: str) -> None:
             rows = RowScorer(lens, batch, statistics)(read_by_lens(lens, TEXTS[part]))
             said = BestOf(2)(lens, batch["activation"], batch["sample_id"])
         kept = {name: rows[name].tolist() for name in ("error", "kl", "failed")}
-        print(json.dumps({"part": part, "texts": said.texts, **kept}), flush=True)
+        (folder / f"{engine_name}-{part}.json").write_text(json.dumps({"texts": said.texts, **kept}))
     engine.barrier()
     engine.close()
 
