@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class ActivationStatistics:
         return {key: getattr(self, name).tolist() for name, key in _IN_META.items()}
 
     @classmethod
-    def mixed(cls, parts: Sequence[ActivationStatistics], shares: Sequence[float]) -> ActivationStatistics:
+    def mixed(cls, parts: Sequence[ActivationStatistics], shares: Sequence[SupportsFloat]) -> ActivationStatistics:
         """Statistics of rows of which each part gives its share (the shares add up to 1), float32."""
         if len(parts) == 1:
             return parts[0]

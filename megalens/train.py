@@ -21,12 +21,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 _HERE = Path(__file__).resolve().parent
 if Path(sys.path[0] or ".").resolve() == _HERE:  # run by path: megalens/ itself must not hide packages of its modules' names
     sys.path[0] = str(_HERE.parent)
 
 from megalens import cli  # noqa: E402
+
+if TYPE_CHECKING:
+    from megalens.config import Config
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +51,7 @@ def main(arguments: list[str]) -> int:
             return train(config)
 
 
-def train(config) -> int:
+def train(config: Config) -> int:
     """Build everything, train, close."""
     from megalens.checkpoint.formats.megalens import read_optimizer
     from megalens.data.loader import ActivationLoader

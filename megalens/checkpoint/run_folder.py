@@ -101,7 +101,8 @@ class RunFolder:
             kept: names of those that stay for good; all others but this one are removed.
             ranks: how many write it; the parts of all but rank 0 are waited for.
         """
-        folder, sums = self.unfinished(name), {}
+        folder = self.unfinished(name)
+        sums: dict[str, str] = {}
         for part in (folder / f".part.{rank}" for rank in range(1, ranks)):
             while not part.is_file():
                 time.sleep(0.05)
@@ -158,7 +159,8 @@ class RunFolder:
         progress = read_json(path).get("progress")
         if not isinstance(progress, dict):
             raise CheckpointError(f"{path} does not tell where the training stands: copy it anew, or {_ANEW}")
-        return tuple([name for _, name in progress.get(key, [])] for key in ("best", "kept"))
+        best, kept = ([name for _, name in progress.get(key, [])] for key in ("best", "kept"))
+        return best, kept
 
     def _find_last(self) -> str | None:
         """Link to the newest whole checkpoint, where there is no last one; tells which, and what was passed over."""
@@ -189,7 +191,8 @@ class RunFolder:
         wrong = [path for path in (self.folder / "last", self.folder / "best") if path.exists() and not path.is_symlink()]
         if not wrong:
             return
-        moves, taken = [f"mkdir -p {shlex.quote(str(self.checkpoints))}"], []
+        moves = [f"mkdir -p {shlex.quote(str(self.checkpoints))}"]
+        taken: list[str] = []
         for path in wrong:
             target = path.with_name(f"{path.name}.moved")
             with contextlib.suppress(CheckpointError, KeyError, TypeError):

@@ -66,14 +66,14 @@ def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
         DataError: the source is missing or unreadable, or lacks the column.
     """
     settings, column = config.dataset, config.dataset.text_column
-    own = split == "val" and settings.val_split
+    own_split = settings.val_split if split == "val" else None
     with _reading(config):
-        rows = _stream(config, settings.val_split if own else settings.split)
+        rows = _stream(config, own_split or settings.split)
         for doc_id, row in enumerate(islice(rows, settings.max_documents)):
             _check_column(config, row)
             mark = _mark({"text": [row[column]]}, settings.min_words, settings.split_seed)
             held_out = not settings.val_split and mark["draw"][0] < settings.val_fraction * 2.0**63
-            if mark["usable"][0] and (own or held_out == (split == "val")):
+            if mark["usable"][0] and (own_split or held_out == (split == "val")):
                 yield doc_id, row[column]
 
 
@@ -101,7 +101,7 @@ def _usable(config: Config, split: str) -> datasets.Dataset:
             num_proc=processes(config, len(found)),
             desc=f"reading {split}",
         ).with_format("numpy")
-    usable = np.flatnonzero(marks["usable"]) if len(found) else []
+    usable = np.flatnonzero(marks["usable"]) if len(found) else np.array([], np.int64)
     if len(usable) == 0:
         raise DataError(
             f"{source_name(config)} has no usable document in column '{column}': none of its {len(found)} rows is text of at least "

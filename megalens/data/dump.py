@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 
 import datasets
@@ -198,8 +199,12 @@ def _work(config: Config, subject: Subject, tokens: datasets.Dataset, order: Row
     written = min(writer.rows_written() for writer in writers)
     if written == order.rows and all([writer.finish() for writer in writers]):
         return
+
+    def first_activations(number: int) -> Tensor:
+        return _read_out(config, subject, tokens, order.shard(0), writers)["activations"][number]
+
     for number, writer in enumerate(writers):
-        writer.calibrate(lambda n=number: _read_out(config, subject, tokens, order.shard(0), writers)["activations"][n])
+        writer.calibrate(partial(first_activations, number))
     label = f"dumping {writers[0].header['split']}"
     with tqdm(total=order.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
         with ThreadPoolExecutor(1) as background:

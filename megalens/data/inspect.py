@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def rows_with_text(folder: str | Path, count: int, config: Config) -> list[str]:
     batch, lines = loader.rows(range(count)), []
     for i in range(count):
         position = int(batch["position"][i])
-        text = tokenizer.decode(batch["input_ids"][i, : position + 1].tolist())
+        text = str(tokenizer.decode(batch["input_ids"][i, : position + 1].tolist()))
         norm = float(batch["activation"][i].norm())
         lines.append(
             f"row {i}, document {int(batch['doc_id'][i])}, position {position}, norm {norm:.4g}: ...{' '.join(text.split())[-80:]}"
@@ -135,7 +135,7 @@ def page(folder: str | Path, lines: list[str], figures: dict[str, np.ndarray]) -
     return f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><pre>{text}</pre>{"".join(parts)}\n'
 
 
-def bars(title: str, values, labels: list[str]) -> str:
+def bars(title: str, values: Sequence[float] | np.ndarray, labels: list[str]) -> str:
     """One bar per value, its label and number on hover."""
     width, top = max(2.0, 800 / len(values)), max(float(max(values)), 1e-30)
     drawn = [

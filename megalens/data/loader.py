@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from megalens.statistics import ActivationStatistics
 
 Columns = dict[str, Tensor]  # rows by the names of Batch; in the shards' dtypes until they are finished
 Place = tuple[int, int]  # (epoch, row)
+Chunk = tuple[list[Place], Columns]  # some batches, one behind the other
 _CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
 _AHEAD = 3
 _DECODERS = 2
@@ -97,7 +98,7 @@ class ActivationLoader(IterableDataset):
 
     # ------------------------------------------------------------------------------------------------------- in order
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """This rank's share of global micro-step ``start_step`` and all that follow, over the epochs without end.
 
         A thread or ``workers`` processes read ahead; they end when the iterator is closed or forgotten.
@@ -142,13 +143,13 @@ class ActivationLoader(IterableDataset):
     def _window_batches(self) -> list[int]:
         return [windows.size for windows in self._windows]
 
-    def _hand_out(self, chunk: tuple[list[Place], Columns]) -> Iterator[Batch]:
+    def _hand_out(self, chunk: Chunk) -> Iterator[Batch]:
         share = self.batch_size // self.world_size
         for number, (epoch, row) in enumerate(chunk[0]):
             self._epoch, self._row = epoch, row + self.batch_size
             yield cast(Batch, {name: value[number * share : (number + 1) * share] for name, value in chunk[1].items()})
 
-    def _chunks_by_thread(self) -> Iterator[tuple[list[Place], Columns]]:
+    def _chunks_by_thread(self) -> Generator[Chunk, None, None]:
         source = self._chunks(self._places())
         with ThreadPoolExecutor(1) as reader:
             ahead = deque(reader.submit(_next_pinned, source) for _ in range(_AHEAD))
@@ -160,8 +161,8 @@ class ActivationLoader(IterableDataset):
             finally:
                 reader.shutdown(cancel_futures=True)
 
-    def _chunks_by_workers(self) -> Iterator[tuple[list[Place], Columns]]:
-        options = {"pin_memory": torch.cuda.is_available(), "prefetch_factor": _AHEAD, "generator": torch.Generator()}
+    def _chunks_by_workers(self) -> Generator[Chunk, None, None]:
+        options: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), "prefetch_factor": _AHEAD, "generator": torch.Generator()}
         for chunk in DataLoader(_Chunks(self), batch_size=None, num_workers=self.workers, **options):
             if isinstance(chunk, str):
                 raise DataError(chunk)
@@ -176,7 +177,7 @@ class ActivationLoader(IterableDataset):
             yield epoch, row
             row += self.batch_size
 
-    def _chunks(self, places: Iterator[Place], skip: int = 0, stride: int = 1) -> Iterator[tuple[list[Place], Columns]]:
+    def _chunks(self, places: Iterator[Place], skip: int = 0, stride: int = 1) -> Iterator[Chunk]:
         """Several batches at a time, one behind the other; of ``stride`` such chunks only each ``skip``-th."""
         meta, share = self.reader.meta, self.batch_size // self.world_size
         size = min(_CHUNK_BATCHES, max(1, _CHUNK_BYTES // (share * (4 * meta["d"] + 8 * meta["seq_len"]))))
@@ -212,15 +213,15 @@ class ActivationLoader(IterableDataset):
         """Of the activations of an epoch, each dump by its share."""
         return ActivationStatistics.mixed([reader.statistics for reader in self.readers], self._mixture.shares)
 
-    def rows(self, indices: Tensor | np.ndarray | list[int]) -> Batch:
+    def rows(self, indices: Tensor | np.ndarray | Sequence[int]) -> Batch:
         """Exactly these rows of the first dump (``sample_id``), in this order; for evaluation."""
-        indices = np.asarray(indices, dtype=np.int64)
+        row_N = np.asarray(indices, dtype=np.int64)
         first_row = np.concatenate([[0], np.cumsum(self.reader.batch_rows)])
-        owner = np.searchsorted(first_row, indices, side="right") - 1
+        owner = np.searchsorted(first_row, row_N, side="right") - 1
         parts, places = [], []
         for index in np.unique(owner):
             wanted = np.flatnonzero(owner == index)
-            parts.append(_take(self.reader.read_batch(index), indices[wanted] - first_row[index]))
+            parts.append(_take(self.reader.read_batch(index), row_N[wanted] - first_row[index]))
             places.append(wanted)
         return cast(Batch, _finish(_take(_join(parts), np.argsort(np.concatenate(places)))))
 
@@ -251,10 +252,11 @@ class _Chunks(IterableDataset):
     def __init__(self, loader: ActivationLoader):
         self._loader = loader
 
-    def __iter__(self) -> Iterator[tuple[list[Place], Columns] | str]:
+    def __iter__(self) -> Iterator[Chunk | str]:
         worker = get_worker_info()
+        skip, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         try:
-            yield from self._loader._chunks(self._loader._places(), worker.id, worker.num_workers)
+            yield from self._loader._chunks(self._loader._places(), skip, stride)
         except DataError as error:
             yield str(error)
 
@@ -265,7 +267,8 @@ class _Windows:
     def __init__(self, reader: ShardReader, seed: int, number: int, window_bytes: int):
         self.size = max(1, window_bytes // window_bytes_of(reader.meta, 1))
         self._reader, self._order = reader, FolderOrder(reader.batch_rows, self.size, seed, number)
-        self._held, self._window = (-1, -1), {}
+        self._held = (-1, -1)
+        self._window: Columns = {}
 
     def rows(self, epoch: int, first: int, last: int) -> list[Columns]:
         """Rows ``first`` to ``last`` of an epoch's order, piece by piece; copies, as the next window is written over this one."""
@@ -321,14 +324,14 @@ def _bits(values: Tensor) -> np.ndarray:
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _next_pinned(source: Iterator[tuple[list[Place], Columns]]) -> tuple[list[Place], Columns]:
+def _next_pinned(source: Iterator[Chunk]) -> Chunk:
     places, rows = next(source)
     return places, {name: value.pin_memory() for name, value in rows.items()} if torch.cuda.is_available() else rows
 
 
 def _take(rows: Columns, index: np.ndarray) -> Columns:
-    index = torch.from_numpy(index)
-    return {name: value[index] for name, value in rows.items()}
+    taken = torch.from_numpy(index)
+    return {name: value[taken] for name, value in rows.items()}
 
 
 def _join(parts: list[Columns]) -> Columns:

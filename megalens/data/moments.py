@@ -31,10 +31,10 @@ class Moments:
     @classmethod
     def of(cls, a_ND: Tensor) -> Moments:
         """Of some rows."""
-        a_ND = a_ND.float().numpy().astype(np.float64)
-        squares_ND = a_ND * a_ND
+        rows_ND = a_ND.float().numpy().astype(np.float64)
+        squares_ND = rows_ND * rows_ND
         norm_N1 = np.sqrt(squares_ND.sum(1, keepdims=True))
-        return cls(len(a_ND), a_ND.sum(0), squares_ND.sum(0), (a_ND / np.where(norm_N1 > 0, norm_N1, 1)).sum(0))
+        return cls(len(rows_ND), rows_ND.sum(0), squares_ND.sum(0), (rows_ND / np.where(norm_N1 > 0, norm_N1, 1)).sum(0))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
 
 from megalens.config import Config
 from megalens.data import DataError
@@ -126,7 +127,7 @@ def vocab_size(config: Config) -> int:
     return json.loads((config.pretokenized_dir / "meta.json").read_text())["vocab_size"]
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of whole texts, as the subject reads them.
 
     First what the tokenizer itself puts before every text (a BOS, where it does), then the text's own ids. A special token's name

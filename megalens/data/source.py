@@ -6,12 +6,14 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megalens.config import Config, ConfigError
+from megalens.data import DataError
 from megalens.data.dump import contexts_of, forward_batches, row_order
 from megalens.data.identity import dump_identity, model_identity
 from megalens.data.loader import ActivationLoader
@@ -33,7 +35,7 @@ def training_loader(config: Config, rank: int = 0, world_size: int = 1) -> Activ
         DataError: a dump or the pretokenized text is missing, or of another model or layer.
         ConfigError: an entry of ``mix`` is no FOLDER=SHARE.
     """
-    source = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
+    source: Any = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
     loader = ActivationLoader(source, config.batch_size, config.seed, rank, world_size, workers=config.loader_workers)
     if config.mix:
         wanted = model_identity(config)
@@ -118,4 +120,6 @@ class ContextReader:
         for ids_BC, index in forward_batches(self._config, self._tokens, some)[1]:
             part = Moments.of(subject.residual(ids_BC.to(subject.device))[index[1], index[2]].cpu())
             moments = part if moments is None else moments + part
+        if moments is None:
+            raise DataError(f"{self.folder} has no rows to take statistics of; ask for more (activation_dumper.num_samples)")
         return ActivationStatistics.from_meta(moments.statistics().to_meta())

@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from megalens.engine.state import MOMENTS, EngineError, OptimizerState, Part, co
 
 Groups = dict[str, dict[str, nn.Parameter]]
 Batch = Mapping[str, Any]  # tensors by name
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def join_ranks(device: torch.device) -> None:
@@ -270,9 +271,9 @@ def build_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.op
     return torch.optim.AdamW(groups, betas=(beta_1, beta_2), fused=fused)
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
     """The batch on the engine's device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return cast(AnyBatch, {name: value.to(device, non_blocking=True) for name, value in batch.items()})
 
 
 def with_rollouts(batches: Sequence[Batch], rollouts: list[Any] | None) -> Iterator[tuple[Batch, tuple[Any, ...]]]:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from megalens.batch import Batch
 from megalens.data.pretokenize import encode
 from megalens.evaluate.measure import Rebuild, read_by_lens
 from megalens.evaluate.text import is_text, pad, to_texts
@@ -33,7 +35,7 @@ class Given:
     """
 
     lens: ConsistencyLens
-    batch: dict[str, Tensor]
+    batch: Batch
     texts: list[str]
     other_texts: list[str]
     mean_D: Tensor
@@ -108,7 +110,7 @@ def read_by_subject(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
     return Rebuild(a_hat_BD, failed_B.to(a_hat_BD.device))
 
 
-def context_tails(tokenizer, input_ids_BC: Tensor, position_B: Tensor, count: int) -> list[str]:
+def context_tails(tokenizer: PreTrainedTokenizerBase, input_ids_BC: Tensor, position_B: Tensor, count: int) -> list[str]:
     """The last ``count`` tokens of each context up to P, as text."""
     contexts = [row[: p + 1][-count:] for row, p in zip(input_ids_BC.tolist(), position_B.tolist(), strict=True)]
     return tokenizer.batch_decode(contexts, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from tqdm import tqdm
 
+from megalens.batch import Batch
 from megalens.checkpoint.formats import LoadedLens
 from megalens.config import Config
 from megalens.data import DataError
@@ -148,7 +148,7 @@ def _row_statistics(
     return {source: join(each) for source, each in parts.items()}
 
 
-def _examples(lens: ConsistencyLens, batch: dict[str, Tensor], texts: list[str], fve: np.ndarray) -> list[dict]:
+def _examples(lens: ConsistencyLens, batch: Batch, texts: list[str], fve: np.ndarray) -> list[dict]:
     contexts = [row[: p + 1] for row, p in zip(batch["input_ids"].tolist(), batch["position"].tolist(), strict=True)]
     return [
         {

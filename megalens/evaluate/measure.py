@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalens.batch import Batch
 from megalens.evaluate.metrics import logit_statistics, mean_where_failed, row_statistics
 from megalens.evaluate.text import is_text, pad, to_ids
 from megalens.lens.lens import ConsistencyLens
@@ -61,7 +62,7 @@ class RowScorer:
         statistics: of the TRAINING activations.
     """
 
-    def __init__(self, lens: ConsistencyLens, batch: dict[str, Tensor], statistics: ActivationStatistics):
+    def __init__(self, lens: ConsistencyLens, batch: Batch, statistics: ActivationStatistics):
         self.subject, self.statistics, self.a_BD = lens.subject, statistics, batch["activation"]
         self._mean_D = statistics.mean.to(self.a_BD)
         self._read = lens.read(batch)

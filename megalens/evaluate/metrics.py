@@ -127,8 +127,8 @@ def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, statistics: ActivationStatist
         failed_B: rows that failed for another reason (no text); scored as the mean activation too.
     """
     a, mean, var = _numpy(a_BD), _numpy(statistics.mean), _numpy(statistics.var)
-    a_hat, failed = mean_where_failed(torch.as_tensor(a_hat_BD).cpu().double(), torch.from_numpy(mean), failed_B)
-    a_hat = a_hat.numpy()
+    rebuilt, failed = mean_where_failed(torch.as_tensor(a_hat_BD).cpu().double(), torch.from_numpy(mean), failed_B)
+    a_hat = rebuilt.numpy()
     inverse_std = np.where(var > 0, 1 / np.sqrt(np.where(var > 0, var, 1)), 0)
     u, u_hat = _unit(a), _unit(a_hat)
     return {
@@ -143,7 +143,7 @@ def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, statistics: ActivationStatist
     }
 
 
-def normalised_error(a_BD, a_hat_BD) -> np.ndarray:
+def normalised_error(a_BD: Tensor | np.ndarray, a_hat_BD: Tensor | np.ndarray) -> np.ndarray:
     """``|u - u_hat|^2`` of each row ``[B]``, float64; between 0 and 4."""
     return _squares(_unit(_numpy(a_BD)) - _unit(_numpy(a_hat_BD)))
 

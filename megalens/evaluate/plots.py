@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from megalens.evaluate.page import escape
 
@@ -63,7 +64,7 @@ def _points(lines: list[dict], name: str) -> list[tuple[float, float]]:
     return [(float(s), float(v)) for s, v in pairs if _is_number(s) and _is_number(v)]
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -31,7 +31,7 @@ def interval(figures: dict[str, float], name: str) -> str:
     value, low, high = (figures.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "-"
-    return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
+    return number(value) if low is None or high is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def number(value: float) -> str:

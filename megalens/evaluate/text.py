@@ -6,16 +6,17 @@ import unicodedata
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 _PICTURES = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
-def to_texts(tokenizer, ids_BT: Tensor) -> list[str]:
+def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor) -> list[str]:
     """The string of each row of tokens, special tokens left out."""
     return tokenizer.batch_decode(ids_BT.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def to_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def to_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of strings, without BOS or EOS. The name of a special token inside a string is plain text."""
     if not texts:
         return []
@@ -36,12 +37,12 @@ def is_text(text: str) -> bool:
     return bool(text.replace("\ufffd", "").strip())
 
 
-def round_trips(tokenizer, ids_BT: Tensor, texts: list[str]) -> list[bool]:
+def round_trips(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, texts: list[str]) -> list[bool]:
     """For each row, whether its string is tokenised to the very same tokens."""
     return [row == again for row, again in zip(ids_BT.tolist(), to_ids(tokenizer, texts), strict=True)]
 
 
-def pieces(tokenizer, ids: list[int]) -> list[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text of each token with its spaces; joined, they are the whole text.
 
     A token that ends inside a character gives an empty string; the token that completes the character gives all of it.
@@ -57,8 +58,8 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return result
 
 
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
 
 
 def visible(text: str) -> str:

@@ -48,7 +48,7 @@ class BestOf:
     k: int
     noise: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.k < 2 or not 0 < self.noise < float("inf"):
             raise ValueError(f"best of {self.k} with noise {self.noise:g}: there must be at least 2 explanations, and noise above 0")
 

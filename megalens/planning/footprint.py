@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.causal_lm import CausalLM
 from megalens.families.loading import check_model, load_tokenizer, model_options
+from megalens.families.protocol import Settings
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.subject import Subject
 from megalens.objective import TERMS, Objective, Step
@@ -133,7 +135,8 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
     """Peak bytes, FLOPs, numbers passed, gathers, numbers summed and what the vocabulary adds to the peak, for each of ``_SAMPLES``."""
-    lens, found = meta_lens(config, (lower, upper)), []
+    lens = meta_lens(config, (lower, upper))
+    found: list[tuple[float, ...]] = []
     for samples in _SAMPLES:
         batch = meta_batch(config, lens, samples)
         with (
@@ -166,7 +169,7 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
         return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d), Objective(config, TERMS))
 
 
-def _slice(settings, ranks: int) -> None:
+def _slice(settings: Settings, ranks: int) -> None:
     """Give a model's settings the shapes that each of so many ranks has of it."""
     if ranks == 1:
         return
@@ -198,7 +201,7 @@ def take_step(lens: ConsistencyLens, batch: Batch) -> None:
         hook.remove()
 
 
-def _tokenizer(config: Config):
+def _tokenizer(config: Config) -> Any:
     try:
         return load_tokenizer(config)
     except ConfigError:
@@ -231,7 +234,7 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak, self.tiled = 0, 0, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):

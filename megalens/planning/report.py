@@ -8,7 +8,7 @@ from contextlib import suppress
 from megalens import shipped
 from megalens.config import Config, ConfigError, Fsdp, load_config
 from megalens.families.loading import check_model
-from megalens.planning.fit import GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
+from megalens.planning.fit import GPU, GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
 from megalens.planning.footprint import Footprint, footprint
 
 GB = 1e9
@@ -47,7 +47,7 @@ def footprints(config: Config, per_node: int) -> dict[int, Footprint]:
     return found
 
 
-def report(config: Config, choice: Choice, ranks: int, gpu, nodes: int, tokens: float) -> list[str]:
+def report(config: Config, choice: Choice, ranks: int, gpu: GPU, nodes: int, tokens: float) -> list[str]:
     """The plan, line by line."""
     micro, times = accumulation(config, choice.shares, choice.rows), seconds(config, choice, gpu, nodes)
     samples = samples_of(config, tokens)
@@ -77,7 +77,7 @@ def report(config: Config, choice: Choice, ranks: int, gpu, nodes: int, tokens: 
     ]
 
 
-def why_not(tried: list[Choice], gpu, name: str, ranks: int) -> str:
+def why_not(tried: list[Choice], gpu: GPU, name: str, ranks: int) -> str:
     """The nearest miss, and what would mend it."""
     nearest = min(tried, key=lambda choice: choice.total)
     part, size = max(nearest.memory.items(), key=lambda item: item[1])

@@ -133,7 +133,9 @@ def _parse(name: str, content: Any) -> SweepFile:
     _require(isinstance(metric, dict), "metric: has name: and goal:, e.g. metric: {name: val/loss, goal: minimize}")
     goal = metric.get("goal", "minimize")
     _require(goal in ("minimize", "maximize"), f"metric.goal: {goal} must be minimize or maximize")
-    fixed, choices, ranges = {}, {}, {}
+    fixed: dict[str, Any] = {}
+    choices: dict[str, list] = {}
+    ranges: dict[str, Range] = {}
     for key, parameter in _flat(content["parameters"]):
         found = _parameter(key, parameter)
         _require(method != "grid" or not isinstance(found, Range), f"{key}: a grid needs values: [...], not a range")
@@ -196,7 +198,8 @@ def _parameter(key: str, parameter: dict) -> Any:
         _require(isinstance(parameter["values"], list) and bool(parameter["values"]), f"{key}.values: is a list that holds something")
         _require("probabilities" not in parameter, f"{key}.probabilities: offline sweeps draw evenly; run this one under wandb agent")
         return parameter["values"]
-    low, high = parameter.get("min"), parameter.get("max")
+    low: Any = parameter.get("min")
+    high: Any = parameter.get("max")
     _require(_is_number(low) and _is_number(high), f"{key}: needs value:, values: or min: and max: (numbers; 1.0e-5, not 1e-5, in YAML)")
     _require(low < high, f"{key}: min: {low} must be less than max: {high}")
     kind = parameter.get("distribution", "int_uniform" if _is_whole(low) and _is_whole(high) else "uniform")

@@ -21,6 +21,7 @@ import torch
 from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from megalens.config import Config
 from megalens.data.shards import read_meta
 from megalens.device import resolve_device
 from megalens.schedule import duration_steps, duration_text, parse_duration
@@ -67,7 +68,7 @@ def run_name(sweep: SweepFile, number: int) -> str:
     return f"{sweep.name}-{number:03d}"
 
 
-def trial_config(sweep: SweepFile, number: int, point: dict):
+def trial_config(sweep: SweepFile, number: int, point: dict) -> Config:
     """A trial's configuration."""
     return sweep.config({**point, "run_name": run_name(sweep, number)})
 

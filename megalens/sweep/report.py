@@ -44,7 +44,12 @@ def ranked(search: Search) -> list[FrozenTrial]:
     sign = -1 if search.sweep.maximize else 1
     order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
     trials = [t for t in search.trials() if "point" in t.user_attrs]
-    return sorted(trials, key=lambda t: (order.index(t.state), math.inf if _value(t) is None else sign * _value(t), t.number))
+
+    def place(trial: FrozenTrial) -> tuple[int, float, int]:
+        value = _value(trial)
+        return order.index(trial.state), math.inf if value is None else sign * value, trial.number
+
+    return sorted(trials, key=place)
 
 
 def write(search: Search, path: Path) -> None:
@@ -74,12 +79,12 @@ def write(search: Search, path: Path) -> None:
 def parallel_coordinates(sweep: SweepFile, trials: list[FrozenTrial]) -> str:
     """One axis per searched key and one for the metric."""
     width, height, top, bottom, side = 760, 300, 34, 24, 70
-    shown = [t for t in trials if _value(t) is not None]
-    axes = [_axis(sweep, key) for key in sweep.searched] + [_metric_axis(sweep, [_value(t) for t in shown])]
+    shown = [(trial, value) for trial in trials if (value := _value(trial)) is not None]
+    axes = [_axis(sweep, key) for key in sweep.searched] + [_metric_axis(sweep, [value for _, value in shown])]
     x = [side + (width - 2 * side) * i / (len(axes) - 1) for i in range(len(axes))]
     parts = []
-    for rank, trial in reversed(list(enumerate(shown))):
-        values = [*point_of(trial).values(), _value(trial)]
+    for rank, (trial, value) in reversed(list(enumerate(shown))):
+        values = [*point_of(trial).values(), value]
         places = [top + (height - top - bottom) * (1 - place(v)) for (_, _, place), v in zip(axes, values, strict=True)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, places, strict=True))
         dash = ' stroke-dasharray="5 4"' if trial.state == TrialState.PRUNED else ""

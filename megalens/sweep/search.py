@@ -11,7 +11,9 @@ import json
 import math
 import secrets
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -42,7 +44,7 @@ class Claim:
         self.point: dict = json.loads(trial.user_attrs["point"])
         self.wandb_run: str = trial.user_attrs["wandb_run"]
 
-    def note(self, name: str, value) -> None:
+    def note(self, name: str, value: Any) -> None:
         """Keep something beside the trial."""
         self._trial.set_user_attr(name, value)
 
@@ -77,9 +79,10 @@ class Search:
 
     def __init__(self, sweep: SweepFile, folder: Path, count: int | None = None, seed: int = 0):
         self.sweep, self.folder, self._seed = sweep, folder, seed
-        self.limit = min([n for n in (count, sweep.run_cap, self._grid_size()) if n is not None], default=None)
-        if self.limit is None:
+        limits = [n for n in (count, sweep.run_cap, self._grid_size()) if n is not None]
+        if not limits:
             raise SweepError(f"a {sweep.method} sweep goes on for ever; say how many trials: --count N, or run_cap: N in the file")
+        self.limit = min(limits)
         folder.mkdir(parents=True, exist_ok=True)
         storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'sweep.db'}", engine_kwargs={"connect_args": {"timeout": 60}})
         with self._turn():
@@ -128,7 +131,7 @@ class Search:
     def best(self) -> FrozenTrial | None:
         """The best trial that was trained to its end."""
         ended = [t for t in self.trials() if t.state == TrialState.COMPLETE and t.value is not None]
-        return (max if self.sweep.maximize else min)(ended, key=lambda t: t.value, default=None)
+        return (max if self.sweep.maximize else min)(ended, key=attrgetter("value"), default=None)
 
     def importance(self) -> dict[str, float]:
         """How much of the metric's spread each searched key explains, in [0, 1], the largest first; empty with too few trials."""
@@ -176,8 +179,8 @@ class Search:
         return math.prod(len(values) for values in self.sweep.choices.values()) if self.sweep.method == "grid" else None
 
     def _check_same(self) -> None:
-        mine = dataclasses.asdict(self.sweep)
-        mine = json.dumps({key: mine[key] for key in mine if key != "run_cap"}, sort_keys=True)
+        settings = dataclasses.asdict(self.sweep)
+        mine = json.dumps({key: settings[key] for key in settings if key != "run_cap"}, sort_keys=True)
         if self.study.user_attrs.setdefault("file", mine) == mine:
             self.study.set_user_attr("file", mine)
             return

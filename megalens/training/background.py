@@ -12,7 +12,7 @@ class Background:
     It ends with the process: a call that is cut off is as one that was killed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 

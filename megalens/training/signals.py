@@ -18,7 +18,7 @@ class StopSignals:
         received: the signal's number, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._since = 0.0
         self._before: dict = {}

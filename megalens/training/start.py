@@ -20,6 +20,7 @@ from megalens.checkpoint.checksums import check_checkpoint, read_json
 from megalens.checkpoint.formats.megalens import check_subject, read_about, read_standard, read_statistics, read_weights
 from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
+from megalens.data.loader import ActivationLoader
 from megalens.device import resolve_dtype
 from megalens.engine import rank_and_size
 from megalens.files import Lock
@@ -122,7 +123,7 @@ def _settings_of(config: Config) -> dict:
     return {key: value for key, value in settings.items() if key not in _FREE}
 
 
-def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
+def find_start(config: Config, run: RunFolder, loader: ActivationLoader, same: dict) -> Start:
     """Where this training starts.
 
     Args:
@@ -133,27 +134,27 @@ def find_start(config: Config, run: RunFolder, loader, same: dict) -> Start:
     Raises:
         CheckpointError: the last checkpoint is of another training, or the lens of ``init_from`` does not fit.
     """
-    if config.checkpoint.resume and run.last is not None:
-        return _resumed(run, same)
+    if config.checkpoint.resume and (last := run.last) is not None:
+        return _resumed(run, last, same)
     if config.init_from is not None:
         return _initialised(config, same["model_name"], loader)
     statistics = loader.statistics
     return Start(Progress(), statistics, (statistics.mean, statistics.var))
 
 
-def _resumed(run: RunFolder, same: dict) -> Start:
-    _check_together(run.last)
-    saved = read_json(run.last / "trainer.json")
+def _resumed(run: RunFolder, last: Path, same: dict) -> Start:
+    _check_together(last)
+    saved = read_json(last / "trainer.json")
     if saved.get("format_version") != TRAINER_VERSION:
-        raise CheckpointError(f"{run.last} is of another version of megalens; start anew with checkpoint.resume=false")
-    progress, before = _progress(saved, run.last), _defaults() | saved["identity"]
+        raise CheckpointError(f"{last} is of another version of megalens; start anew with checkpoint.resume=false")
+    progress, before = _progress(saved, last), _defaults() | saved["identity"]
     changed = [key for key in same if before.get(key) != same[key]]
     if changed:
         was = ", ".join(f"{key}={before.get(key)} (now {same[key]})" for key in changed)
         mend = "set it back, choose another run_name, or start anew with checkpoint.resume=false"
         raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
-    where = f"{run.last.name} of {run.folder}"
-    return Start(progress, read_statistics(run.last), read_standard(run.last), read_weights(run.last), run.last, where)
+    where = f"{last.name} of {run.folder}"
+    return Start(progress, read_statistics(last), read_standard(last), read_weights(last), last, where)
 
 
 def _progress(saved: dict, folder: Path) -> Progress:
@@ -183,19 +184,19 @@ def _check_together(folder: Path) -> None:
         CheckpointError: a file is damaged; on all ranks.
     """
     rank, size = rank_and_size()
+    problems: list[str | None] = [None]
     try:
         check_checkpoint(folder, slice(rank, None, size))
-        problems = [None]
     except CheckpointError as error:
         problems = [str(error)]
     if size > 1:
-        mine, problems = problems[0], [None] * size
+        (mine,), problems = problems, [None] * size
         dist.all_gather_object(problems, mine)
     for problem in filter(None, problems):
         raise CheckpointError(problem)
 
 
-def _initialised(config: Config, fingerprint: str, loader) -> Start:
+def _initialised(config: Config, fingerprint: str, loader: ActivationLoader) -> Start:
     folder, width = source_folder(config), loader.reader.meta["d"]
     about = read_about(folder)
     check_subject(folder, fingerprint)
@@ -213,6 +214,8 @@ def source_folder(config: Config) -> Path:
     Raises:
         CheckpointError: it is not there.
     """
+    if config.init_from is None:
+        raise CheckpointError("init_from names no checkpoint; name one, as in init_from=outputs/<run>/best")
     source = Path(config.init_from)
     if source.suffix not in (".yaml", ".yml"):
         if not (source / "lens.json").is_file():

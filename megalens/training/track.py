@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from tqdm import tqdm
 
@@ -82,7 +82,8 @@ class Console:
     """
 
     def __init__(self, name: str, total: int, done: int):
-        self.total, self._shown, self._notes = total, 0.0, {}
+        self.total, self._shown = total, 0.0
+        self._notes: dict[str, float] = {}
         self._name, self._done, self._bar = name, done, None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True)
@@ -143,11 +144,11 @@ class Tracker:
                 import wandb
 
                 columns = list(examples[0])
-                self._run.log({"val/examples": wandb.Table(columns, [[row[c] for c in columns] for row in examples]), "step": step})
+                self._run.log({"val/examples": wandb.Table([*columns], [[row[c] for c in columns] for row in examples]), "step": step})
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the run; a sweep's trial that its Slurm job takes down with it is handed out again by W&B."""
-        preempted = sweep_id() and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM
+        preempted = sweep_id() is not None and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM
         with self._unless_lost():
             self._finish(exit_code, preempted)
         if self._is_lost and preempted:
@@ -191,7 +192,7 @@ def _start(config: Config, run_id: str | None):
             name=config.run_name,
             id=run_id,
             resume="allow" if online else None,
-            mode=config.wandb.mode,
+            mode=cast(Literal["online", "offline"], config.wandb.mode),
             dir=str(config.run_dir),
             config=config_to_dict(config),
             reinit="create_new",
@@ -226,7 +227,20 @@ class Run:
         """Figures at a micro-step."""
         if self.curve is not None:
             self.curve.log(step, figures)
+        if self.tracker is not None:
             self.tracker.log(step, figures)
+
+    def show_examples(self, step: int, examples: list[dict[str, Any]]) -> None:
+        """Sample explanations at a micro-step."""
+        if self.tracker is not None:
+            self.tracker.examples(step, examples)
+
+    def sync(self) -> int:
+        """Wait until the figures are on the disk; how many lines they are there."""
+        if self.curve is None:
+            return 0
+        self.curve.sync()
+        return self.curve.lines
 
     def show(self, step: int, **notes: float) -> None:
         """Progress."""
@@ -242,7 +256,9 @@ class Run:
         """Finish what is written."""
         if self.console is not None:
             self.console.close()
+        if self.tracker is not None:
             self.tracker.close(exit_code)
+        if self.curve is not None:
             self.curve.close()
 
 

@@ -12,14 +12,18 @@ import sys
 import time
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 
+from megalens.batch import Batch
 from megalens.checkpoint.formats.megalens import save_lens
 from megalens.config import Config
+from megalens.data.loader import ActivationLoader
 from megalens.engine.base import Engine
 from megalens.engine.state import Part
 from megalens.files import save_json
+from megalens.lens.lens import ConsistencyLens
 from megalens.lens.names import GROUPS, stable_names
 from megalens.objective import Step
 from megalens.schedule import duration_steps, lr_factor
@@ -54,8 +58,8 @@ class Trainer:
         self,
         config: Config,
         engine: Engine,
-        lens,
-        loader,
+        lens: ConsistencyLens,
+        loader: ActivationLoader,
         validator: Validator,
         statistics: ActivationStatistics,
         progress: Progress,
@@ -73,7 +77,8 @@ class Trainer:
         keep_every = config.checkpoint.keep_every
         self.intervals["keep"] = duration_steps(keep_every, self.clock) if keep_every else sys.maxsize
         self._saving = Background()
-        self._logged, self._since, self._examples = progress.step, time.monotonic(), []
+        self._logged, self._since = progress.step, time.monotonic()
+        self._examples: list[dict[str, Any]] = []
         self._saved_validation = progress.validated if progress.saved >= 0 else None
 
     def fit(self) -> int | None:
@@ -96,7 +101,7 @@ class Trainer:
                 at_end = self.progress.step >= self.clock.last_step
                 improved = not stop and self._validate_if_due(at_end)
                 watchdog.at(f"micro-step {self.progress.step}, validated")
-                self._save_if_due(stop or at_end or improved)
+                self._save_if_due(bool(stop) or at_end or improved)
                 if stop or at_end:
                     self._saving.wait()
                     break
@@ -109,7 +114,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
-    def _step(self, batches: list[dict]) -> None:
+    def _step(self, batches: list[Batch]) -> None:
         step = self.progress.step
         torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.data_rank) % 2**63)  # dropout, the same after a resume
         at = self._at(step)
@@ -183,8 +188,7 @@ class Trainer:
         self._since += time.monotonic() - started
         p.validated = p.step
         self.run.log(p.step, figures)
-        if self.engine.is_main:
-            self.run.tracker.examples(p.step, self._examples)
+        self.run.show_examples(p.step, self._examples)
         self.run.show(p.step, fve=figures.get("val/fve_nrm", math.nan))
         return self._rank(figures)
 
@@ -219,8 +223,7 @@ class Trainer:
         name = self.run.folder.name(p.step)
         if self.engine.is_main:
             (self.run.folder.begin(name) / "engine").mkdir()
-            self.run.curve.sync()
-            p.curve_lines = self.run.curve.lines
+            p.curve_lines = self.run.sync()
         found = self.engine.gather((name, first_not_finite(weights.tensors | optimizer.tensors)))
         name, spoilt = found[0][0], next((spoilt for _, spoilt in found if spoilt), None)
         if spoilt is not None:

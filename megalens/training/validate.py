@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from megalens.batch import Batch
+from megalens.data.loader import ActivationLoader
 from megalens.engine.base import Engine, to_device, with_rollouts
 from megalens.evaluate.measure import RowScorer, read_by_lens
 from megalens.evaluate.metrics import figures, join, row_fve
 from megalens.explain.search import Greedy
+from megalens.lens.lens import ConsistencyLens
 from megalens.statistics import ActivationStatistics
 
 TAIL_TOKENS = 16  # of the context, shown beside a sample explanation
@@ -26,7 +28,7 @@ class Validator:
 
     Args:
         engine: for its rank and collectives.
-        lens: the :class:`~megalens.lens.lens.ConsistencyLens` that is trained.
+        lens: the one that is trained.
         loader: of the held-out dump.
         statistics: of the TRAINING activations.
 
@@ -34,7 +36,7 @@ class Validator:
     pairs.
     """
 
-    def __init__(self, engine: Engine, lens, loader, statistics: ActivationStatistics):
+    def __init__(self, engine: Engine, lens: ConsistencyLens, loader: ActivationLoader, statistics: ActivationStatistics):
         self.engine, self.lens, self.loader, self.statistics = engine, lens, loader, statistics
         self.config, self.search = engine.config, Greedy()
         unit = 2 * engine.data_ranks  # pairs: a row's partner gives the loss its resampled error
@@ -70,12 +72,12 @@ class Validator:
         terms = {f"loss_{name}" if name in measured else name: value for name, value in self.engine.reduce_mean(losses).items()}
         return {f"val/{name}": value for name, value in (terms | measured).items()}, samples[: self.config.validation.num_examples]
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
         size = max(2, self.config.batch_size // self.engine.data_ranks // 2 * 2)
         for first in range(0, len(self._rows), size):
             yield to_device(self.loader.rows(self._rows[first : first + size]), self.engine.device)
 
-    def _samples(self, batch: dict[str, Tensor], texts: list[str], fve_B: np.ndarray) -> list[dict[str, Any]]:
+    def _samples(self, batch: Batch, texts: list[str], fve_B: np.ndarray) -> list[dict[str, Any]]:
         result = []
         contexts, positions = batch["input_ids"].tolist(), batch["position"].tolist()
         for ids_C, position, text, fve in zip(contexts, positions, texts, fve_B, strict=True):

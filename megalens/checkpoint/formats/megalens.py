@@ -140,7 +140,8 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: they are missing or damaged.
     """
-    about, weights = read_about(folder), {}
+    about = read_about(folder)
+    weights: dict[str, Tensor] = {}
     paths = part_files(Path(folder), "lens")
     if not paths:
         raise CheckpointError(f"{folder} holds no lens.safetensors; copy the checkpoint anew from where it is whole")

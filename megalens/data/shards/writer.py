@@ -150,6 +150,8 @@ class ShardWriter:
                         error_ND = (stored - part["activation"].float()).double().numpy()
                         lost += [(error_ND**2).sum(), ((error_ND / self._scale_D) ** 2).sum()]
                     moments = Moments.of(stored) if moments is None else moments + Moments.of(stored)
+        if moments is None:
+            raise ValueError(f"shard {index} holds no rows")
         record = {"file": shard_name(index), "rows": len(numbers), "bytes": file.bytes, "checksum": file.checksum}
         with new_file(self.work / f"{index:05d}.json") as file:
             file.write(json.dumps({"shard": record, "moments": moments.to_json(), "lost": lost.tolist()}).encode())
