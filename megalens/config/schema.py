@@ -10,7 +10,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -65,8 +65,6 @@ def weight(default: float, text: str) -> Any:
 @dataclass
 class WithWeights:
     """A section with weights: a number given for one is a constant schedule."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
