@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_LESS_MEMORY = (
+    "lower batch_size and raise gradient_accumulation_steps by as much (a dump: activation_dumper.batch_size, an evaluation: "
+    "evaluation.batch_size), set verbalizer.checkpoint_every_n_tokens=8, or shard and offload with --deepspeed ds_configs/z3_offload.json; "
+    "megalens plan tells what fits"
+)
 
 
 def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[str] | None = None) -> None:
@@ -19,8 +26,10 @@ def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[s
         arguments: ``sys.argv[1:]`` where none are given.
 
     An error of ours (a ``ValueError`` or ``OSError`` class defined in megalens) and a full or forbidden disk become one line on
-    stderr and exit code 1, and so does a package that is not installed; anything else is a bug and keeps its traceback.
+    stderr and exit code 1, an error with ``complaints`` a line each; so do a package that is not installed, memory that does not
+    suffice, and numbers that are not finite. Anything else is a bug and keeps its traceback.
     """
+    _ready_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(given):
         print(doc.strip())
@@ -31,16 +40,12 @@ def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[s
     except BrokenPipeError:  # the reader of a pipe (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ValueError, OSError) as error:
-        if not _is_expected(error):
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, FloatingPointError, RuntimeError) as error:
+        lines = _told(error)
+        if not lines:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        code = 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "megalens":
-            raise
-        mend = "activate the environment that `make` sets up: . .venv/bin/activate"
-        print(f"error: {error.name} is not installed for {sys.executable}; {mend}", file=sys.stderr)
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -48,8 +53,42 @@ def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[s
     sys.exit(code)
 
 
-def _is_expected(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] == "megalens" or (isinstance(error, OSError) and error.errno in _ENVIRONMENT)
+def _ready_streams() -> None:
+    """Give the command the three streams that its starter closed, and let none fail at a sign that the terminal does not have."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:  # the lowest free number: no file that is opened later gets what is printed
+                os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _told(error: Exception) -> list[str]:
+    """The error in lines, for the person at the keyboard; none: it is a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        if error.name is None or error.name.split(".")[0] == "megalens":
+            return []
+        mend = "activate the environment that `make` sets up: . .venv/bin/activate"
+        return [f"{error.name} is not installed for {sys.executable}; {mend}"]
+    if isinstance(error, FloatingPointError):
+        return [f"{_one_line(error)}; lower learning_rate, or compute with dtype=fp32"]
+    if _is_out_of_memory(error):
+        said = _one_line(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")
+        return [f"out of memory ({'. '.join(said[:2]) or 'Python had none left'}); {_LESS_MEMORY}"]
+    if type(error).__module__.split(".")[0] == "megalens" or (isinstance(error, OSError) and error.errno in _ENVIRONMENT):
+        return list(getattr(error, "complaints", ())) or [_one_line(error)]
+    return []
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class for it on GPUs only (not imported here: help needs no library)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def _one_line(error: Exception) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import megalens
@@ -19,6 +21,8 @@ from megalens.config import ConfigError
 from megalens.data import DataError
 
 SCRIPTS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name != "check_machine.py")
+
+HERE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def call(monkeypatch, action, *arguments: str) -> int:
@@ -47,12 +51,71 @@ def test_our_errors_are_one_line_and_exit_code_1(monkeypatch, capsys, error):
     assert capsys.readouterr().err == "error: a b\n"
 
 
+def test_an_error_with_complaints_is_a_line_each(monkeypatch, capsys):
+    error = ConfigError("a\nb")
+    error.complaints = ("file: a", "file: b")
+    assert call(monkeypatch, failing(error)) == 1
+    assert capsys.readouterr().err == "error: file: a\nerror: file: b\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has more"),
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        (
+            RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+            "can't allocate memory: you tried",
+        ),
+        (RuntimeError("CUDA error: out of memory\nmore"), "CUDA error: out of memory more"),
+        (MemoryError(), "Python had none left"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_what_needs_less(monkeypatch, capsys, error, said):
+    assert call(monkeypatch, failing(error)) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: out of memory ({said}); lower batch_size")
+    assert line.count("\n") == 1
+    assert all(mend in line for mend in ("gradient_accumulation_steps", "checkpoint_every_n_tokens", "z3_offload.json"))
+
+
+def test_no_memory_of_the_cpu_is_told_as_such(monkeypatch, capsys):
+    assert call(monkeypatch, lambda _: torch.empty(10**16)) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory (can't allocate memory")
+
+
+def test_numbers_that_are_not_finite_are_one_line_with_the_mend(monkeypatch, capsys):
+    assert call(monkeypatch, failing(FloatingPointError("the hidden state of sample 3 is not finite"))) == 1
+    assert capsys.readouterr().err == (
+        "error: the hidden state of sample 3 is not finite; lower learning_rate, or compute with dtype=fp32\n"
+    )
+
+
+PRINTS = "from megalens import cli; cli.run(lambda _: print('a → b', open('kept', 'w').write('x')), 'doc')"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_fails_no_command_and_spoils_no_file(tmp_path, closed):
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PRINTS], cwd=tmp_path, env=HERE, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kept").read_text() == "x"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "ascii:strict"])
+def test_a_terminal_without_our_signs_fails_no_command(tmp_path, encoding):
+    environment = HERE | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", PRINTS], cwd=tmp_path, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"a \\u2192 b 1\n"), done.stderr
+
+
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert call(monkeypatch, failing(OSError(errno.ENOSPC, "No space left on device", "x"))) == 1
     assert capsys.readouterr().err == "error: No space left on device: x\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
 def test_bugs_keep_their_traceback(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(type(error)):

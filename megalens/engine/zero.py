@@ -7,10 +7,8 @@ time, and writes it as all engines do.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from megalens.config import Config
 from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device, with_rollouts
 from megalens.engine.ds_config import resolve
+from megalens.engine.ds_package import import_deepspeed
 from megalens.engine.state import OptimizerState, Part
 
 
@@ -32,13 +31,11 @@ class ZeroEngine(Engine):
 
     def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
         on_gpu = device_of(module).type == "cuda"
-        if not on_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")
         join_alone(device_of(module))
         super().__init__(config, module, groups)
         weights = weights or {}
-        deepspeed, settings, chosen = _import_deepspeed(on_gpu), resolve(config, self.world_size), optimizer_groups(config, groups)
+        deepspeed, settings, chosen = import_deepspeed(on_gpu), resolve(config, self.world_size), optimizer_groups(config, groups)
         if settings["zero_optimization"]["stage"] == 3:
             deepspeed.init_distributed(dist_init_required=False)  # its Init asks for the number of ranks before it joins them
             for unit in getattr(module, "shard_units", list)():
@@ -175,16 +172,3 @@ def _gathered(parameter: nn.Parameter):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter])
-
-
-def _import_deepspeed(on_gpu: bool):
-    """DeepSpeed without its chatter and, on a CPU, without its shared-memory collectives: gloo's serve, and nothing has to be compiled."""
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not on_gpu:
-        from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
-
-        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    return deepspeed
