@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +11,7 @@ from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.text import read_order
-from megalens.lens.verbalizer import PromptEmbedding, StandardisedLinear
+from megalens.lens.verbalizer import OwnBlocks, PromptEmbedding, StandardisedLinear
 
 
 class Reconstructor(nn.Module):
@@ -44,8 +42,7 @@ class Reconstructor(nn.Module):
         std_D = var_D.clamp_min(1e-12).sqrt()
         self.head = StandardisedLinear(mean_D, std_D, mean_D, std_D, lm.dtype)
         trained = range(self.last)
-        self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
-        self.own.requires_grad_(True)
+        self.own = OwnBlocks(lm.blocks, trained if options.mode == "full" else ())
         self.adapter = "reconstructor" if options.mode == "lora" else None
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
