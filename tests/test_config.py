@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from megalens.config import Config, ConfigError, Schedule, config_from_dict, config_to_yaml, load_config
+from megalens.training.start import _settings_of
 
 
 def write(path, text):
@@ -76,7 +77,15 @@ def test_lists_and_truths():
 
 def test_verbalizer_and_reconstructor_follow_train_mode_unless_set():
     config = load_config(["train_mode=full", "reconstructor.mode=frozen"])
-    assert (config.verbalizer.mode, config.reconstructor.mode) == ("full", "frozen")
+    assert (config.mode_of("verbalizer"), config.mode_of("reconstructor")) == ("full", "frozen")
+    older = load_config(["train_mode=full", "verbalizer.mode=${train_mode}"])  # as settings files of before may say it
+    assert older.mode_of("verbalizer") == "full"
+
+
+def test_a_configuration_made_in_python_follows_train_mode_too():
+    config = Config(train_mode="lora")
+    assert (config.mode_of("verbalizer"), config.mode_of("reconstructor")) == ("lora", "lora")
+    assert _settings_of(config)["verbalizer.mode"] == "lora"  # as runs of before have written it
 
 
 def test_a_run_is_named_after_its_file_unless_named(tmp_path):

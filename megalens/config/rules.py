@@ -87,6 +87,8 @@ def _check_each(node: Any, prefix: str) -> None:
         value = getattr(node, f.name)
         if dataclasses.is_dataclass(value):
             _check_each(value, f"{prefix}{f.name}.")
+        elif value is None and f.default is None:
+            continue
         elif f.metadata["choices"] and value not in f.metadata["choices"]:
             raise ConfigError(f"{prefix}{f.name}={value} must be one of: {', '.join(f.metadata['choices'])}")
         elif isinstance(value, float) and not math.isfinite(value):

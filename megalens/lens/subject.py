@@ -52,7 +52,7 @@ class Subject(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Subject:
-        """The model is frozen: what it does in training only (dropout, a router's jitter) is never on. Adapters' dropout follows ``mode``."""
+        """The model is frozen: what is for training only (dropout, a router's jitter) is never on. Adapters' dropout follows ``mode``."""
         super().train(False)
         for layer in self.lm.adapted:
             layer.lora_dropout.train(mode)

@@ -106,7 +106,8 @@ class Verbalizer(nn.Module):
     def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
-        options, self.t_text, self.checkpoint_every = config.verbalizer, config.t_text, config.verbalizer.checkpoint_every_n_tokens
+        options, mode = config.verbalizer, config.mode_of("verbalizer")
+        self.t_text, self.checkpoint_every = config.t_text, options.checkpoint_every_n_tokens
         left, right = options.prompt.split("<act>")
         left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
@@ -126,11 +127,11 @@ class Verbalizer(nn.Module):
             offset_D, scale_D = torch.zeros_like(mean_D), norm / len(mean_D) ** 0.5 * torch.ones_like(std_D)
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
         trained = range(self.enters, self.blocks)
-        self.own = OwnBlocks(lm.blocks, trained if options.mode == "full" else ())
-        self.own_norm = deepcopy(lm.norm) if options.mode == "full" else None
+        self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
+        self.own_norm = deepcopy(lm.norm) if mode == "full" else None
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
-        self.adapter = "verbalizer" if options.mode == "lora" and len(trained) else None
+        self.adapter = "verbalizer" if mode == "lora" and len(trained) else None
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
     def forward(self, method: str, *args: Any, **options: Any) -> Any:
