@@ -89,7 +89,6 @@ def make(options: argparse.Namespace, folder: str):
     name = size["model_name"] or str(make_model(folder, **overrides))
     weights = {"kl_base_weight": 1.0, "lm_base_weight": 1.0} if options.terms == "full" else {}
     config = Config(model_name=name, layer_l=size["layer_l"], t_text=options.t_text, dtype=options.dtype, train_mode="frozen", **weights)
-    config.verbalizer.mode = config.reconstructor.mode = "frozen"
     config.verbalizer.checkpoint_every_n_tokens, config.compile = options.checkpoint, options.compile
     generator = torch.Generator().manual_seed(0)
     try:

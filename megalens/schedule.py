@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+_LARGEST = 1e30  # times the steps of an epoch it is still finite
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(os|s|steps|e|epochs)?\s*$")
 
 
@@ -47,7 +48,7 @@ def parse_duration(text: str | int | float) -> tuple[float, str]:
     if match is None:
         raise ValueError(f'\'{text}\' is no duration: write e.g. "500s" (micro-steps), "100os" (optimizer steps) or "2e" (epochs)')
     number, unit = float(match[1]), {"steps": "s", "epochs": "e"}.get(match[2] or "s", match[2] or "s")
-    if math.isinf(number):
+    if number > _LARGEST:
         raise ValueError(f"'{str(text)[:20]}...' is no duration: the number is too large")
     if unit != "e" and number != int(number):
         raise ValueError(f"'{text}': only epochs may be fractional")

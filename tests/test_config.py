@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from megalens.config import Config, ConfigError, Schedule, config_from_dict, config_to_yaml, load_config
+from megalens.training.start import _settings_of
 
 
 def write(path, text):
@@ -76,7 +77,15 @@ def test_lists_and_truths():
 
 def test_verbalizer_and_reconstructor_follow_train_mode_unless_set():
     config = load_config(["train_mode=full", "reconstructor.mode=frozen"])
-    assert (config.verbalizer.mode, config.reconstructor.mode) == ("full", "frozen")
+    assert (config.mode_of("verbalizer"), config.mode_of("reconstructor")) == ("full", "frozen")
+    older = load_config(["train_mode=full", "verbalizer.mode=${train_mode}"])  # as settings files of before may say it
+    assert older.mode_of("verbalizer") == "full"
+
+
+def test_a_configuration_made_in_python_follows_train_mode_too():
+    config = Config(train_mode="lora")
+    assert (config.mode_of("verbalizer"), config.mode_of("reconstructor")) == ("lora", "lora")
+    assert _settings_of(config)["verbalizer.mode"] == "lora"  # as runs of before have written it
 
 
 def test_a_run_is_named_after_its_file_unless_named(tmp_path):
@@ -165,6 +174,15 @@ REFUSED = {
     "lora.dropout=1": "lora.dropout=1.0 must lie in",
     "mse_weight=0": "every loss weight is 0",
     "run_name=${nowhere}": "Interpolation key 'nowhere' not found",
+    "batch_size=1:30": "batch_size=1:30: .*could not be converted to Integer",
+    "learning_rate=1:30": "learning_rate=1:30: .*could not be converted to Float",
+    "seed=99999999999999999999999": r"seed=9+ must be less than 2\*\*63",
+    f"run_name={'n' * 300}": "is too long for a folder: at most 200 bytes",
+    f"max_train_steps={'9' * 309}s": "is no duration: the number is too large",
+    "max_train_steps=1e300e": "is no duration: the number is too large",
+    "num_train_epochs=1e300": "num_train_epochs: .* is no duration: the number is too large",
+    f"t_text={'9' * 5000}": "this is no int",
+    "run_name=caf\udce9": r"run_name='caf\\udce9' holds a null character or bytes that are no UTF-8",
     "config=": "config= is empty",
     "config=conf/nowhere.yaml": "config file conf/nowhere.yaml does not exist",
 }
@@ -202,6 +220,14 @@ BAD_FILES = {
     "dataset: wiki": "bad.yaml: dataset is a section",
     "betas: 0.9": "bad.yaml: betas is a list",
     "t_text: [": "bad.yaml is no valid YAML",
+    "learning_rate: 1:30": "bad.yaml: learning_rate: Value '1:30' .*could not be converted to Float",
+    "run_name: ${oc.env:NOPE_NOT_SET}": "Environment variable 'NOPE_NOT_SET' not found",
+    'run_name: "a\\0b"': "holds a null character",
+    "dataset.nam: x": r"unknown key 'dataset.nam' .*did you mean 'dataset.name'\?",
+    "dataset.name: x\ndataset: {name: y}": "bad.yaml: dataset is given twice, once as a section and once with a dot",
+    "dataset: {name: y}\ndataset.name: x": "bad.yaml: dataset.name is given twice",
+    "a: &a [*a]": "bad.yaml is no valid YAML: its aliases stand for more than",
+    "run_name: !!python/name:os.system": "bad.yaml is no valid YAML: could not determine a constructor",
     "t_text: 3\nt_text: 4": "bad.yaml is no valid YAML: .*duplicate key",
     "- t_text": "bad.yaml holds no key: value pairs",
     "5": "bad.yaml holds no key: value pairs",
@@ -222,6 +248,34 @@ def test_a_misspelt_file_names_its_neighbour(tmp_path):
     write(tmp_path / "demo.yaml", "t_text: 3")
     with pytest.raises(ConfigError, match=r"demp.yaml does not exist; did you mean .*demo.yaml\?"):
         load_config([f"config={tmp_path / 'demp.yaml'}"])
+
+
+def test_a_folder_is_told_from_a_missing_file(tmp_path):
+    write(tmp_path / "demo.yaml", "t_text: 3")
+    with pytest.raises(ConfigError, match=r"is a folder; name one of its files, e.g. config=.*demo.yaml"):
+        load_config([f"config={tmp_path}"])
+
+
+def test_files_are_read_as_yaml_1_2(tmp_path):
+    text = "\ufeffdataset: {config_name: no, name: 2026-01-01}\nrun_name: 001\nlearning_rate: 1e-5\nbatch_size: 010\nmix: [007, on]"
+    config = load_config([write(tmp_path / "a.yaml", text)])
+    assert (config.dataset.config_name, config.dataset.name, config.run_name) == ("no", "2026-01-01", "001")
+    assert (config.learning_rate, config.batch_size, config.mix) == (1e-5, 10, ["007", "on"])
+    assert load_config([write(tmp_path / "b.yaml", "run_name: 1.10\nwandb.mode: offline\nt_text: 0x8")]).run_name == "1.10"
+    assert load_config(["batch_size=010", "learning_rate=1e-5"]).batch_size == 10
+
+
+def test_dotted_keys_of_a_file_are_sections(tmp_path):
+    text = "dataset.name: x\ndataset: {min_words: 3}\nlr_multipliers.verbalizer: {prompt: 0.5}\nterms.extra: 1.0"
+    config = load_config([write(tmp_path / "a.yaml", text)])
+    assert (config.dataset.name, config.dataset.min_words, config.lr_multipliers.verbalizer.prompt.value) == ("x", 3, 0.5)
+    assert config.terms["extra"].value == 1.0
+
+
+def test_a_run_may_be_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("NAME_OF_A_RUN", "nightly")
+    file = write(tmp_path / "a.yaml", "run_name: ${oc.env:NAME_OF_A_RUN}\nwandb.project: ${run_name}")
+    assert (load_config([file]).run_name, load_config([file]).wandb.project) == ("nightly", "nightly")
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

@@ -219,6 +219,17 @@ def test_training_the_roles_leaves_the_subject_as_it_was(folders):
     assert torch.equal(lens.subject.read(ids, torch.full((4,), 11)).normed_BD, before)
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_training_after_a_validation_switches_only_the_adapters_dropout_on(folders, mode):
+    lens = make_lens(folders["gpt2"], mode=mode)
+    lens.eval()
+    assert not any(module.training for module in lens.modules())
+    lens.train()
+    of_the_model = ("subject.lm", "verbalizer.own.", "reconstructor.own.")
+    on = [name for name, module in lens.named_modules() if module.training and name.startswith(of_the_model)]
+    assert all("lora_dropout" in name for name in on) and bool(on) == (mode == "lora")
+
+
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_every_trainable_parameter_gets_a_gradient_and_the_subject_none(folders, mode):
     lens = perturb(

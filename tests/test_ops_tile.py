@@ -128,6 +128,14 @@ def test_same_result_with_any_number_of_threads():
     assert_same(found[0][0].entropy, found[1][0].entropy, 1e-6)
 
 
+def test_gradients_of_few_rows_are_the_same_bits_each_time_with_four_threads():
+    parts, threads = heads(16, 4096, 64, torch.float32), torch.get_num_threads()
+    torch.set_num_threads(4)
+    found = [run("tile", parts, 0.5, None, True, False)[1]["hidden"] for _ in range(40)]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found[1:])
+
+
 def test_nothing_of_the_vocabularys_width_is_kept_for_backward():
     parts = heads(8, 5000, 16, torch.float32)
     kept = []

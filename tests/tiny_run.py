@@ -41,8 +41,6 @@ def tiny_config(folder, run_name="run", **keys) -> Config:
         **keys,
     )
     config.activation_dumper.root = str(folder / "activations")
-    for role in (config.verbalizer, config.reconstructor):
-        role.mode = config.train_mode
     return config
 
 

@@ -16,14 +16,18 @@ from omegaconf.errors import OmegaConfBaseException
 from megalens import shipped
 from megalens.config.rules import validate
 from megalens.config.schema import Config, ConfigError, Schedule, Weight
+from megalens.config.yaml_core import read_yaml
 
 
-def load_config(arguments: list[str]) -> Config:
+def load_config(arguments: list[str], source: str = "the command line") -> Config:
     """Command-line arguments to a checked configuration.
 
     ``config=FILE`` names a YAML file (default: the built-in defaults); conf/x.yaml is megalens' own where there is none here. Other
     ``key=value`` or ``--key=value`` arguments override it, the last one winning. ``--deepspeed FILE`` is taken as ``deepspeed=FILE``;
     ``--local_rank=N`` (from launchers) is ignored.
+
+    Args:
+        source: where the arguments come from, for messages.
 
     Raises:
         ConfigError: unknown key, wrong type, empty value, missing file, or settings that contradict each other.
@@ -38,10 +42,10 @@ def load_config(arguments: list[str]) -> Config:
         if not files[0]:
             raise ConfigError("config= is empty; name a file, e.g. config=conf/demo.yaml")
         merged = _merge_file(merged, shipped.find(files[0]), ())
-        if merged.run_name is None:
+        if OmegaConf.to_container(merged, resolve=False)["run_name"] is None:
             merged.run_name = Path(files[0]).stem
     for argument in overrides:
-        merged = _merge_argument(merged, argument)
+        merged = _merge_argument(merged, argument, source)
     return _finish(merged)
 
 
@@ -49,7 +53,7 @@ def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
     """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it."""
     merged = _merge(OmegaConf.structured(Config), values, "the saved configuration")
     for argument in _normalise(list(arguments)):
-        merged = _merge_argument(merged, argument)
+        merged = _merge_argument(merged, argument, "the command line")
     return _finish(merged)
 
 
@@ -93,19 +97,20 @@ def _normalise(arguments: list[str]) -> list[str]:
 
 
 def _merge_file(base, path: Path, seen: tuple[Path, ...]):
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a folder; name one of its files, e.g. config={_some_file(path)}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1) if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its defaults lead back to itself")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"), _is_text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    except OSError:  # what OmegaConf raises for a file that holds a single number
-        raise ConfigError(f"{path} holds no key: value pairs") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{path} holds no key: value pairs")
+    values = _unfolded(values or {}, str(path))
     parents = values.pop("defaults", None) or []
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: defaults: is a list of file names in the same folder without .yaml, e.g. defaults: [demo_warmstart]")
@@ -115,19 +120,44 @@ def _merge_file(base, path: Path, seen: tuple[Path, ...]):
     return _merge(base, values, str(path))
 
 
-def _merge_argument(base, argument: str):
+def _some_file(folder: Path) -> Path:
+    return next(iter(sorted(folder.glob("*.yaml"))), folder / "NAME.yaml")
+
+
+def _unfolded(values: dict, path: str) -> dict:
+    """The settings of a file with dotted keys (``dataset.name: x``) as sections."""
+    result: dict = {}
+    for key, value in values.items():
+        *sections, last = str(key).split(".") if kind_of(str(key)) is not None else [key]
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        value = _unfolded(value, path) if isinstance(value, dict) else value
+        both = last in place and isinstance(place, dict) and isinstance(place[last], dict) and isinstance(value, dict)
+        if not isinstance(place, dict) or (last in place and not (both and not place[last].keys() & value.keys())):
+            raise ConfigError(f"{path}: {key} is given twice, once as a section and once with a dot; leave one of the two out")
+        place[last] = place[last] | value if both else value
+    return result
+
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    """Is the setting under these keys text, or a list of texts?"""
+    return "str" in str(kind_of(".".join(path)))
+
+
+def _merge_argument(base, argument: str, source: str):
     key, value = argument.split("=", 1)
     if value == "None":  # how W&B's agent writes a null
         argument, value = f"{key}=null", "null"
     if value == "":
         raise ConfigError(f"{key}= is empty; give it a value (in a sweep: does the parameter's name match a key of conf/config.yaml?)")
-    _check_key(key, "the command line")
+    _check_key(key, source)
     kind = kind_of(key)
     is_list = str(kind).startswith("list")
-    if value != "null" and "str" in str(kind) and not is_list:  # text as it stands: 001, on and a: b are no numbers, truths or mappings
+    if value != "null" and _is_text((key,)) and not is_list:  # text as it stands: 001, on and a: b are no numbers, truths or mappings
         return _merge(base, _nested(key, value), argument)
     try:
-        return _merge(base, OmegaConf.to_container(OmegaConf.from_dotlist([argument])), argument)
+        return _merge(base, _nested(key, read_yaml(value, lambda path: _is_text((key, *path)))), argument)
     except yaml.YAMLError:
         raise ConfigError(f"{argument}: this is no {kind}") from None
 

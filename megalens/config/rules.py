@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalens.config.schema import Config, ConfigError, Schedule
-from megalens.schedule import parse_duration
+from megalens.schedule import duration_text, parse_duration
 
 POSITIVE = (
     "t_text",
@@ -52,6 +52,7 @@ DURATIONS = (
     "max_train_steps",
     "early_termination.steps",
 )
+_LONGEST_NAME = 200  # of a run's folder; 255 is what file systems take, and trials and unfinished files add to it
 ANY_SIGN = ("entropy_weight",)  # of the weights; a bonus, or a price
 
 
@@ -65,6 +66,12 @@ def validate(config: Config) -> None:
     _check_numbers(config)
     for key in DURATIONS:
         _check_duration(key, _get(config, key))
+    _check_duration("num_train_epochs", duration_text(config.num_train_epochs, "e") if config.num_train_epochs > 0 else None)
+    parts = (config.run_name or "").split("/")
+    _require(
+        max(len(part.encode()) for part in parts) <= _LONGEST_NAME,
+        f"run_name={config.run_name} is too long for a folder: at most {_LONGEST_NAME} bytes",
+    )
     for key, schedule in schedules(config):
         _check_schedule(key, schedule)
     _check_loss(config)
@@ -87,10 +94,20 @@ def _check_each(node: Any, prefix: str) -> None:
         value = getattr(node, f.name)
         if dataclasses.is_dataclass(value):
             _check_each(value, f"{prefix}{f.name}.")
+        elif value is None and f.default is None:
+            continue
         elif f.metadata["choices"] and value not in f.metadata["choices"]:
             raise ConfigError(f"{prefix}{f.name}={value} must be one of: {', '.join(f.metadata['choices'])}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{prefix}{f.name}={value} must be a finite number")
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ConfigError(f"{prefix}{f.name}={value} must be less than 2**63, so that it fits 64 bits")
+        elif any(isinstance(text, str) and not _is_plain(text) for text in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{prefix}{f.name}={value!a} holds a null character or bytes that are no UTF-8")
+
+
+def _is_plain(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_numbers(config: Config) -> None:

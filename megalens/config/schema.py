@@ -178,7 +178,7 @@ class Verbalizer:
         "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
         ("block", "embedding"),
     )
-    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
+    mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
     checkpoint_every_n_tokens: int | None = setting(
         None, "keep only every n-th token's state of a decode and compute the rest again in the backward (less memory, more time)"
@@ -191,7 +191,7 @@ class Reconstructor:
 
     prompt: str = setting("The text ends with:", "what stands before the explanation")
     suffix: str = setting("", "what stands behind it; the last position is read")
-    mode: str = setting("${train_mode}", "frozen | lora | full; follows train_mode unless set", ("frozen", "lora", "full"))
+    mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's and suffix's embeddings")
 
 
@@ -353,6 +353,10 @@ class Config(WithWeights):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.terms = {name: as_weight(value) for name, value in self.terms.items()}
+
+    def mode_of(self, role: str) -> str:
+        """What of the base is trained for a role (``verbalizer`` or ``reconstructor``): its own ``mode``, or else ``train_mode``."""
+        return getattr(self, role).mode or self.train_mode
 
     @property
     def run_dir(self) -> Path:

@@ -204,7 +204,7 @@ def _resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.nd
     """Weights ``[r, N]`` of resampled documents, a few resamples at a time so that memory stays small."""
     _, document = np.unique(doc_ids, return_inverse=True)
     documents = document.max() + 1
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed % (1 << 63))
     step = max(1, _CHUNK // len(doc_ids))
     for start in range(0, bootstrap, step):
         size = min(step, bootstrap - start)

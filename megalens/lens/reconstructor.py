@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +11,7 @@ from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.text import read_order
-from megalens.lens.verbalizer import PromptEmbedding, StandardisedLinear
+from megalens.lens.verbalizer import OwnBlocks, PromptEmbedding, StandardisedLinear
 
 
 class Reconstructor(nn.Module):
@@ -31,7 +29,7 @@ class Reconstructor(nn.Module):
     def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
-        options, self.last = config.reconstructor, config.layer_l + 1
+        options, mode, self.last = config.reconstructor, config.mode_of("reconstructor"), config.layer_l + 1
         self.first_is_last = config.tail_order == "last_first"
         prompt_ids = tokenizer(options.prompt)["input_ids"] or [tokenizer.eos_token_id]
         suffix_ids = tokenizer(options.suffix, add_special_tokens=False)["input_ids"]
@@ -44,9 +42,8 @@ class Reconstructor(nn.Module):
         std_D = var_D.clamp_min(1e-12).sqrt()
         self.head = StandardisedLinear(mean_D, std_D, mean_D, std_D, lm.dtype)
         trained = range(self.last)
-        self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
-        self.own.requires_grad_(True)
-        self.adapter = "reconstructor" if options.mode == "lora" else None
+        self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
+        self.adapter = "reconstructor" if mode == "lora" else None
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
     def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:

@@ -51,6 +51,13 @@ class Subject(nn.Module):
         self.lm.requires_grad_(False)
         self.eval()
 
+    def train(self, mode: bool = True) -> Subject:
+        """The model is frozen: what is for training only (dropout, a router's jitter) is never on. Adapters' dropout follows ``mode``."""
+        super().train(False)
+        for layer in self.lm.adapted:
+            layer.lora_dropout.train(mode)
+        return self
+
     @property
     def d(self) -> int:
         """Width of an activation."""

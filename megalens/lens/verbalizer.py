@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,26 @@ from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.text import Text
 from megalens.ops import gumbel_embed, vocab_log_prob
+
+
+class OwnBlocks(nn.ModuleDict):
+    """Copies of the subject's blocks, by their number, that a role trains for itself (mode full).
+
+    They stay as in evaluation (no dropout, no jitter of a router), so that a fresh role computes what the subject does.
+
+    Args:
+        blocks: the subject's.
+        numbers: of those that are copied.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, numbers: Iterable[int] = ()):
+        super().__init__({str(i): deepcopy(blocks[i]) for i in numbers})
+        self.requires_grad_(True)
+        self.eval()
+
+    def train(self, mode: bool = True) -> OwnBlocks:
+        """Stay as in evaluation."""
+        return super().train(False)
 
 
 class PromptEmbedding(nn.Module):
@@ -86,7 +106,8 @@ class Verbalizer(nn.Module):
     def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
-        options, self.t_text, self.checkpoint_every = config.verbalizer, config.t_text, config.verbalizer.checkpoint_every_n_tokens
+        options, mode = config.verbalizer, config.mode_of("verbalizer")
+        self.t_text, self.checkpoint_every = config.t_text, options.checkpoint_every_n_tokens
         left, right = options.prompt.split("<act>")
         left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
@@ -106,12 +127,11 @@ class Verbalizer(nn.Module):
             offset_D, scale_D = torch.zeros_like(mean_D), norm / len(mean_D) ** 0.5 * torch.ones_like(std_D)
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
         trained = range(self.enters, self.blocks)
-        self.own = nn.ModuleDict({str(i): deepcopy(lm.blocks[i]) for i in trained} if options.mode == "full" else {})
-        self.own_norm = deepcopy(lm.norm) if options.mode == "full" else None
-        self.own.requires_grad_(True)
+        self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
+        self.own_norm = deepcopy(lm.norm) if mode == "full" else None
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
-        self.adapter = "verbalizer" if options.mode == "lora" and len(trained) else None
+        self.adapter = "verbalizer" if mode == "lora" and len(trained) else None
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
 
     def forward(self, method: str, *args: Any, **options: Any) -> Any:

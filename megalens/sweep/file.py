@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from megalens.config import Config, ConfigError, load_config
+from megalens.config.reading import kind_of
+from megalens.config.yaml_core import read_yaml
 from megalens.sweep import SweepError
 
 METHODS = ("grid", "random", "bayes")
@@ -100,7 +102,7 @@ class SweepFile:
         Raises:
             ConfigError: it is refused.
         """
-        return load_config([f"{key}={_text(value)}" for key, value in {**self.fixed, **point}.items()])
+        return load_config([f"{key}={_text(value)}" for key, value in {**self.fixed, **point}.items()], "the sweep file")
 
 
 def read_sweep(path: Path) -> SweepFile:
@@ -112,7 +114,7 @@ def read_sweep(path: Path) -> SweepFile:
     if not path.is_file():
         raise SweepError(f"sweep file {path} does not exist; ls sweeps/ shows those that come with megalens")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"), _is_text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SweepError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     try:
@@ -146,6 +148,13 @@ def _parse(name: str, content: Any) -> SweepFile:
     command, metric = _command(content.get("command"), program), metric.get("name") or METRIC
     _require(isinstance(metric, str), f"metric.name: {metric} must be text, e.g. val/loss")
     return SweepFile(name, program, method, command, metric, goal == "maximize", cap, _halving(stop), fixed, choices, ranges)
+
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    """Are these the keys of a parameter's value (or values) for a setting of text?"""
+    keys = [key for key in path[1:-1] if key != "parameters"]
+    is_value = path[:1] == ("parameters",) and path[-1] in ("value", "values")
+    return is_value and "str" in str(kind_of(".".join(keys)))
 
 
 def _command(parts: Any, program: str) -> tuple[str, ...]:
@@ -191,16 +200,14 @@ def _flat(parameters: Any, prefix: str = "") -> Iterator[tuple[str, dict]]:
 def _parameter(key: str, parameter: dict) -> Any:
     """A fixed value, a list of choices or a :class:`Range`."""
     if "value" in parameter:
-        _check_plain(key, parameter["value"])
         return parameter["value"]
     if "values" in parameter:
-        _check_plain(key, parameter["values"])
         _require(isinstance(parameter["values"], list) and bool(parameter["values"]), f"{key}.values: is a list that holds something")
         _require("probabilities" not in parameter, f"{key}.probabilities: offline sweeps draw evenly; run this one under wandb agent")
         return parameter["values"]
     low: Any = parameter.get("min")
     high: Any = parameter.get("max")
-    _require(_is_number(low) and _is_number(high), f"{key}: needs value:, values: or min: and max: (numbers; 1.0e-5, not 1e-5, in YAML)")
+    _require(_is_number(low) and _is_number(high), f"{key}: needs value:, values: or min: and max: (numbers)")
     _require(low < high, f"{key}: min: {low} must be less than max: {high}")
     kind = parameter.get("distribution", "int_uniform" if _is_whole(low) and _is_whole(high) else "uniform")
     _require(kind in _KNOWN, f"{key}.distribution: {kind} is not known offline; there are: {', '.join(_KNOWN)}")
@@ -216,16 +223,8 @@ def _range(key: str, kind: str, low: float, high: float, step: Any) -> Range:
     _require(kind != "int_uniform" or whole, f"{key}: int_uniform needs whole min: and max:, not {low} and {high}")
     if kind != "q_uniform":
         return Range(low, high, whole=kind == "int_uniform", log=kind in _LOG)
-    _require(_is_number(step) and step > 0, f"{key}.q: {step} must be a number greater than 0 (1.0e-3, not 1e-3, in YAML)")
+    _require(_is_number(step) and step > 0, f"{key}.q: {step} must be a number greater than 0")
     return Range(low, high, whole=whole and _is_whole(step), step=step)
-
-
-def _check_plain(key: str, value: Any) -> None:
-    """Refuse what YAML reads as anything but text, numbers, truths, null, lists and mappings: above all dates."""
-    for each in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
-        _check_plain(key, each)
-    is_plain = value is None or isinstance(value, str | int | float | list | dict)
-    _require(is_plain, f"{key}: YAML reads {value} as a {type(value).__name__}; write it in quotes")
 
 
 def _check_values(sweep: SweepFile) -> None:

@@ -120,6 +120,7 @@ def _settings_of(config: Config) -> dict:
     settings = {key: getattr(config, key) for key in _SAME}
     for part in _SAME_PARTS:
         settings |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
+    settings |= {f"{role}.mode": config.mode_of(role) for role in ("verbalizer", "reconstructor")}
     return {key: value for key, value in settings.items() if key not in _FREE}
 
 

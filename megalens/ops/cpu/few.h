@@ -116,26 +116,28 @@ void gumbel_few_forward(const weight_t* weight, int64_t stride, const float* hid
   gumbel_statistics<float, float>(tile, bias, cap, keys, 0, ids, rows, noise, sharpness, threads, state, arg);
 }
 
-// total [2 * rows, width]: both factors times the embedding. mean [rows].
+// total [2 * rows, width]: both factors times the embedding. mean [rows]. Each thread sums a share of the ids; the shares are added in
+// their order, so that the same number of threads gives the same bits.
 template <class weight_t>
 void gumbel_few_backward(const weight_t* out_weight, int64_t out_stride, const float* hidden, int64_t width, const weight_t* in_weight,
                          int64_t in_stride, const float* grad, int64_t in_width, const float* bias, float cap, const int32_t* keys, int64_t ids,
                          int64_t rows, float noise, float sharpness, const float* per_row, const int64_t* token, int threads, float* total,
                          double* mean) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * rows * width)), means(threads, std::vector<double>(rows));
+  int64_t pieces = (ids + kFewIds - 1) / kFewIds;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+  for (int share = 0; share < threads; ++share) {
+    double *sum = sums[share].data(), *own_mean = means[share].data();
     std::vector<float> raw(kFewIds * rows), q(kFewIds * rows), factors(2 * kFewIds * rows), own(2 * rows * width), part(rows);
-    std::vector<double> sum(2 * rows * width);  // of `own`, which is emptied often: a float sum over a whole vocabulary is rounded too often
     int filled = 0;
-    auto empty = [&] {
+    auto empty = [&] {  // often: a float sum over a whole vocabulary is rounded too often
       for (size_t at = 0; at < own.size(); ++at) sum[at] += own[at], own[at] = 0;
       filled = 0;
     };
     std::vector<float> out_scratch(is_narrow<weight_t> ? kFewIds * width : 0), in_scratch(is_narrow<weight_t> ? kFewIds * in_width : 0);
-    std::vector<double> own_mean(rows);
     bool tied = out_weight == in_weight;
-#pragma omp for schedule(static)
-    for (int64_t begin = 0; begin < ids; begin += kFewIds) {
+    int64_t end = pieces * (share + 1) / threads * kFewIds;
+    for (int64_t begin = pieces * share / threads * kFewIds; begin < end; begin += kFewIds) {
       int64_t count = ids - begin < kFewIds ? ids - begin : kFewIds;
       const float* out = widened(out_weight + begin * out_stride, out_stride, count, width, out_scratch.data());
       const float* in = tied ? out : widened(in_weight + begin * in_stride, in_stride, count, in_width, in_scratch.data());
@@ -149,11 +151,10 @@ void gumbel_few_backward(const weight_t* out_weight, int64_t out_stride, const f
       if (++filled == 32) empty();
     }
     empty();
-#pragma omp critical
-    {
-      for (size_t at = 0; at < own.size(); ++at) total[at] += sum[at];
-      for (int64_t b = 0; b < rows; ++b) mean[b] += own_mean[b];
-    }
+  }
+  for (int share = 0; share < threads; ++share) {
+    for (int64_t at = 0; at < 2 * rows * width; ++at) total[at] += sums[share][at];
+    for (int64_t b = 0; b < rows; ++b) mean[b] += means[share][b];
   }
 }
 
