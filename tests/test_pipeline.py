@@ -132,7 +132,7 @@ def test_what_is_valid_is_reused_and_what_is_not_is_made(stages, monkeypatch, ca
     pipeline.main(["config=conf/tiny.yaml", "seed=3"])
     assert stages() == ["dump config=conf/tiny.yaml seed=3", "train config=conf/tiny.yaml seed=3"]
     said = capfd.readouterr().err
-    assert "data/pretokenized/tiny/tiny-llama: valid, reusing it" in said
+    assert "data/pretokenized/tiny/tiny-llama: not needed, as what is made of it is valid" in said
     assert "data/activations/tiny-llama/layer_2/tiny_train: val split: the dump is of layer 1" in said
 
 

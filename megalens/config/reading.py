@@ -42,7 +42,8 @@ def load_config(arguments: list[str], source: str = "the command line") -> Confi
         if not files[0]:
             raise ConfigError("config= is empty; name a file, e.g. config=conf/demo.yaml")
         merged = _merge_file(merged, shipped.find(files[0]), ())
-        if OmegaConf.to_container(merged, resolve=False)["run_name"] is None:
+        named: Any = OmegaConf.to_container(merged, resolve=False)
+        if named["run_name"] is None:
             merged.run_name = Path(files[0]).stem
     for argument in overrides:
         merged = _merge_argument(merged, argument, source)

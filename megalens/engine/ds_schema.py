@@ -118,11 +118,12 @@ def without_blanks(values: dict) -> dict:
 
 def look_up(values: dict, place: str) -> Any:
     """What stands at a dotted place; None: nothing."""
+    found: Any = values
     for part in place.split("."):
-        if not isinstance(values, dict):
+        if not isinstance(found, dict):
             return None
-        values = values.get(part)
-    return values
+        found = found.get(part)
+    return found
 
 
 def take_shapes(found: dict) -> Iterator[str]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megalens.config import ConfigError
-from megalens.pipeline.stages import Phase, data_stages
+from megalens.pipeline.stages import Phase, data_stages, why_kept
 
 SCRIPTS = {"pretokenize": "tools/pretokenize.py", "dump": "tools/dump_acts.py"}
 BATCH = Path("slurm/multinode.sbatch")
@@ -36,7 +36,7 @@ def submit_stages(phases: list[Phase], options: list[str]) -> None:
                 continue
             why_not = problem()
             if not force and why_not is None:
-                say(f"{target}: valid, reusing it")
+                say(f"{target}: {why_kept(target)}")
                 continue
             planned.add(target)
             say(f"{target}: {'made anew, as force_redump=true asks' if force else why_not}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megalens.config import Config, ConfigError
 from megalens.pipeline.runner import Runner, say
-from megalens.pipeline.stages import DataStage, Phase, data_stages
+from megalens.pipeline.stages import DataStage, Phase, data_stages, why_kept
 from megalens.sweep.trial import any_sweep, as_trial, outside_the_sweep
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -44,7 +44,7 @@ def _prepare(runner: Runner, phase: Phase, stage: DataStage, force: bool) -> Non
         force = False
     why_not = stage.problem()
     if why_not is None and not force:
-        say(f"{stage.target}: valid, reusing it")
+        say(f"{stage.target}: {why_kept(stage.target)}")
         return
     say(f"{stage.target}: {'made anew, as force_redump=true asks' if force else why_not}")
     runner.run(stage.command, [*data_command(stage.command), *phase.arguments, *(["force_redump=true"] if force else [])])

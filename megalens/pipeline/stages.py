@@ -83,6 +83,11 @@ def data_stages(config: Config) -> Iterator[DataStage]:
     yield DataStage("dump", config.activation_dir("train"), dump_problem)
 
 
+def why_kept(target: Path) -> str:
+    """Why a stage has nothing to do."""
+    return "valid, reusing it" if target.exists() else "not needed, as what is made of it is valid"
+
+
 def _join_deepspeed(arguments: list[str]) -> Iterator[str]:
     """The arguments with ``--deepspeed FILE`` as one ``deepspeed=FILE``."""
     rest = iter(arguments)
