@@ -10,7 +10,7 @@ from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.table import describe, number
+from megalens.evaluate.table import describe, interval, number
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
@@ -135,7 +135,7 @@ def _table(result: Result, names: tuple[str, ...]) -> str:
 
 def _cell(figures: dict[str, float], name: str) -> str:
     if f"{name}_low" not in figures:
-        return number(figures[name])
+        return interval(figures, name)
     low, high = (number(figures[f"{name}_{end}"]) for end in ("low", "high"))
     return f"{number(figures[name])}<small>[{low}, {high}]</small>"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+
 def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor) -> list[str]:
     """The string of each row of tokens, special tokens left out."""
     return tokenizer.batch_decode(ids_BT.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
