@@ -13,11 +13,12 @@ from megalens.evaluate.baselines import SOURCES, context_tails, partners, read_b
 from megalens.evaluate.evaluation import evaluate
 from megalens.evaluate.measure import Rebuild, RowScorer, read_by_lens
 from megalens.evaluate.table import examples, table
-from megalens.evaluate.text import is_text, pad, pieces, round_trips, to_ids, to_texts, visible
+from megalens.evaluate.text import is_text, pad, pieces, round_trips, to_ids, to_texts
 from megalens.explain.search import Greedy
 from megalens.objective import build_lens
 from megalens.objective.functions import kl_from_logits
 from megalens.objective.reference import next_logits
+from megalens.page.text import visible
 from megalens.statistics import ActivationStatistics
 from megalens.tiny import make_model, make_text
 

@@ -51,7 +51,10 @@ def test_inspect_prints_statistics_and_rows_and_draws_them(dumped, capsys):
 def test_inspect_finds_sinks_and_escapes_text(dumped):
     figures = {"norm": np.array([1.0, 1, 1, 90, 1]), "position": np.array([1, 2, 3, 0, 1])}
     assert inspect.medians(figures)[0] == 90
-    assert "<b>" not in inspect.bars("<b>", [1.0], ["<b>"])
+    drawn = figures | {"dimension": np.arange(2), "share": np.array([0.9, 0.1])}
+    page = inspect.page("<b>", ["<b>"], drawn)
+    assert "<b>" not in page
+    assert "position 0: 90" in page
 
 
 @pytest.mark.parametrize(

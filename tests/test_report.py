@@ -12,11 +12,13 @@ from saved_lens import make_run
 from megalens import cli
 from megalens.commands import eval as tool
 from megalens.evaluate.baselines import SOURCES
+from megalens.evaluate.coloured import shade
 from megalens.evaluate.evaluation import Result
-from megalens.evaluate.page import escape, shade
-from megalens.evaluate.plots import curves, intervals
-from megalens.evaluate.report import render
+from megalens.evaluate.report import curves, render
 from megalens.evaluate.table import examples
+from megalens.page.charts import Axis, Interval, Line, bars, columns, intervals, lines, parallel
+from megalens.page.frame import page
+from megalens.page.text import escape, visible
 from megalens.training.track import read_curve
 
 EVIL = "</td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e"
@@ -33,7 +35,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "line", "circle", "path", "polyline"):
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -195,7 +197,7 @@ def test_colour_says_sign_and_size():
 
 
 def test_a_figure_beyond_the_axis_is_an_arrow():
-    drawing = intervals([("far", -40.0, -50.0, -30.0, False), ("near", 0.5, 0.4, 0.6, True)])
+    drawing = intervals("two", [Interval("far", -40.0, -50.0, -30.0), Interval("near", 0.5, 0.4, 0.6, ours=True)])
     assert drawing.count("<path") == 1
     assert drawing.count("<circle") == 1
     assert "-40.00" in drawing
@@ -212,3 +214,31 @@ def test_a_curve_survives_a_cut_line_and_what_is_no_number(tmp_path):
 
 def test_escaped_text_has_no_markup():
     assert escape("<a href='x'>&\n") == "&lt;a href=&#x27;x&#x27;&gt;&amp;⏎"
+
+
+def test_every_drawing_escapes_its_names_and_says_its_values_where_pointed_at():
+    line = Line(EVIL, [(0, 0.25), (1, 0.5)], strength=0.5, dashed=True)
+    drawings = [
+        intervals(EVIL, [Interval(EVIL, 0.5, 0.4, 0.6)]),
+        lines(EVIL, [line, line], named=True),
+        parallel(EVIL, [Axis(EVIL, [(0.0, EVIL)]), Axis("b", [])], [line]),
+        bars(EVIL, {EVIL: 0.5}),
+        columns(EVIL, [0.0, 12345.0], [EVIL, "b"]),
+    ]
+    for drawing in drawings:
+        ((_, attributes), *_) = tags = Page(drawing).tags
+        assert attributes["role"] == "img"
+        assert attributes["aria-label"].startswith(visible(EVIL))
+        assert not {tag for tag, _ in tags} & {"script", "img", "td"}
+    assert "<title>b: 12,345</title>" in drawings[-1]
+    assert all(drawing.count("<title>") == 2 for drawing in (drawings[1], drawings[-1]))
+
+
+def test_an_axis_of_one_value_or_of_zeros_is_drawn():
+    assert "NaN" not in lines("flat", [Line("a", [(3, 1.0), (3, 1.0)])])
+    assert columns("none", [0.0, 0.0], ["a", "b"]).count('height="0"') == 2
+
+
+def test_a_page_without_a_script_allows_none():
+    assert "script-src 'none'" in page("t", "b")
+    assert "<script" not in page("t", "b")

@@ -19,15 +19,13 @@ from pathlib import Path
 
 from megalens.arguments import Arguments
 from megalens.checkpoint.checksums import read_json
-from megalens.checkpoint.formats import load_lens
-from megalens.checkpoint.formats.megalens import check_subject, read_about, read_config
+from megalens.checkpoint.formats import load_lens, read_config
 from megalens.data.identity import model_identity
 from megalens.data.loader import ActivationLoader
 from megalens.evaluate import report
 from megalens.evaluate.evaluation import evaluate, training_statistics
 from megalens.evaluate.table import examples, table
 from megalens.explain.search import search_named
-from megalens.families.loading import subject_fingerprint
 from megalens.training.track import read_curve
 
 
@@ -37,11 +35,11 @@ def main(arguments: list[str]) -> None:
     args, settings = parser.split(arguments)
     folder = args.checkpoint
     config = read_config(folder, settings)
-    search, fingerprint = search_named(config.evaluation.search), subject_fingerprint(config)
-    check_subject(folder, fingerprint)
+    search = search_named(config.evaluation.search)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
-    loader.reader.check_matches({**model_identity(config), "d": read_about(folder)["width"]})
+    loader.reader.check_matches(model_identity(config))
     loaded = load_lens(folder, **dataclasses.asdict(config))
+    loader.reader.check_matches({"d": len(loaded.statistics.mean)})
     statistics, source = training_statistics(config, loaded)
     result = evaluate(loaded.lens, loader, config, statistics, search)
     result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}

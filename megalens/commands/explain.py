@@ -26,8 +26,8 @@ from megalens.arguments import Arguments
 from megalens.config import ConfigError
 from megalens.evaluate import report
 from megalens.evaluate.table import align
-from megalens.evaluate.text import visible
 from megalens.explain.search import search_named
+from megalens.page.text import visible
 
 SETTINGS = ("device", "dtype", "model_name", "trust_remote_code")
 EXAMPLE = 'megalens explain checkpoint=outputs/<run>/best "any text"'

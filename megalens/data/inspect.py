@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from megalens.data.identity import tokenizer_identity
 from megalens.data.loader import ActivationLoader
 from megalens.data.shards import ShardReader
 from megalens.families.loading import load_tokenizer
+from megalens.page import frame
+from megalens.page.charts import columns
+from megalens.page.text import escape
 
 SINK = 5.0  # times the median norm of all rows
 
@@ -121,26 +123,16 @@ def rows_with_text(folder: str | Path, count: int, config: Config) -> list[str]:
 
 
 def page(folder: str | Path, lines: list[str], figures: dict[str, np.ndarray]) -> str:
-    """A page of its own: the text and three drawings."""
+    """A page of its own: three drawings, and the text of :func:`inspect`."""
     counts, edges = np.histogram(figures["norm"], 40)
     by_position = medians(figures)
-    parts = [
-        bars("rows by norm", counts, [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]),
-        bars("median norm by position", list(by_position.values()), [f"position {p}" for p in by_position]),
-        bars(
-            "share of the variance, the 40 largest dimensions", figures["share"][:40], [f"dimension {d}" for d in figures["dimension"][:40]]
-        ),
-    ]
-    title, text = html.escape(str(folder)), html.escape("\n".join(lines))
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><pre>{text}</pre>{"".join(parts)}\n'
-
-
-def bars(title: str, values: Sequence[float] | np.ndarray, labels: list[str]) -> str:
-    """One bar per value, its label and number on hover."""
-    width, top = max(2.0, 800 / len(values)), max(float(max(values)), 1e-30)
-    drawn = [
-        f'<rect x="{i * width:.1f}" y="{150 - 150 * value / top:.1f}" width="{width * 0.9:.1f}" height="{150 * value / top:.1f}" '
-        f'fill="#48c"><title>{html.escape(label)}: {value:.4g}</title></rect>'
-        for i, (value, label) in enumerate(zip(values, labels, strict=True))
-    ]
-    return f'<h2>{html.escape(title)}</h2><svg width="820" height="150">{"".join(drawn)}</svg>'
+    drawings = {
+        "Rows by norm": (counts.tolist(), [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]),
+        "Median norm by position": (list(by_position.values()), [f"position {p}" for p in by_position]),
+        "Share of the variance, the largest dimensions": (figures["share"][:40], [f"dimension {d}" for d in figures["dimension"][:40]]),
+    }
+    parts = [f"<h1>{escape(str(folder))}</h1>", '<p class="soft">Point at a column to read its value.</p>']
+    for title, (values, labels) in drawings.items():
+        parts.append(f'<h2>{title}</h2><div class="card">{columns(title, values, labels)}</div>')
+    text = "\n".join(escape(line) for line in lines)
+    return frame.page(str(folder), "\n".join([*parts, f'<h2>In words</h2><div class="card"><pre>{text}</pre></div>']))

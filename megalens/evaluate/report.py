@@ -7,13 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megalens.evaluate.baselines import SOURCES
+from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.page import coloured, escape, legend, page, shade
-from megalens.evaluate.plots import curves, intervals
-from megalens.evaluate.table import describe, number
+from megalens.evaluate.table import describe, interval, number
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
+from megalens.page.charts import Interval, Line, intervals, lines, points
+from megalens.page.text import escape
+
+CURVES = (
+    ("loss", ("train/loss", "val/loss")),
+    ("held-out fve_nrm", ("val/fve_nrm",)),
+    ("held-out kl_recovered", ("val/kl_recovered",)),
+)
 
 
 def save(run: str | Path, result: Result, curve: list[dict]) -> None:
@@ -59,7 +66,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
     if drawings := curves(curve):
         cards = "".join(f'<div class="card">{drawing}</div>' for drawing in drawings)
         parts += ["<h2>Training</h2>", f'<div class="plots">{cards}</div>']
-    return page(f"{title} · megalens", "\n".join(parts))
+    return token_page(f"{title} · megalens", "\n".join(parts))
 
 
 def write_explanation(path: str | Path, tokens: list[TokenExplanation], title: str, trained: range) -> None:
@@ -71,7 +78,18 @@ def write_explanation(path: str | Path, tokens: list[TokenExplanation], title: s
         trained: positions the lens was trained on.
     """
     body = [f"<h1>{escape(title)}</h1>", legend(trained), coloured([asdict(token) for token in tokens], trained)]
-    _save(Path(path), page(f"{title} · megalens", "\n".join(body)))
+    _save(Path(path), token_page(f"{title} · megalens", "\n".join(body)))
+
+
+def curves(logged: list[dict]) -> list[str]:
+    """A drawing for each group of :data:`CURVES` of which something was logged twice; ``logged`` as ``curve`` in :func:`save`."""
+    drawings = []
+    for title, names in CURVES:
+        series = [(name, found) for name in names if len(found := points(logged, name)) > 1]
+        shown = [Line(name, found, accent=i > 0 or len(series) == 1) for i, (name, found) in enumerate(series)]
+        if shown:
+            drawings.append(lines(title, shown, width=360, height=210, named=True))
+    return drawings
 
 
 def _save(path: Path, text: str) -> None:
@@ -101,8 +119,8 @@ def _forest(result: Result) -> str:
     for source, figures in _sources(result):
         value = figures["fve_nrm"]
         ends = (figures.get("fve_nrm_low", value), figures.get("fve_nrm_high", value))
-        rows.append((SOURCES[source].label, value, *ends, source == "lens"))
-    return intervals(rows)
+        rows.append(Interval(SOURCES[source].label, value, *ends, ours=source == "lens"))
+    return intervals("fve_nrm with 95 % intervals", rows)
 
 
 def _table(result: Result, names: tuple[str, ...]) -> str:
@@ -117,7 +135,7 @@ def _table(result: Result, names: tuple[str, ...]) -> str:
 
 def _cell(figures: dict[str, float], name: str) -> str:
     if f"{name}_low" not in figures:
-        return number(figures[name])
+        return interval(figures, name)
     low, high = (number(figures[f"{name}_{end}"]) for end in ("low", "high"))
     return f"{number(figures[name])}<small>[{low}, {high}]</small>"
 

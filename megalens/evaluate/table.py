@@ -5,7 +5,7 @@ from __future__ import annotations
 from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import TABLES
-from megalens.evaluate.text import visible
+from megalens.page.text import visible
 
 
 def table(result: Result) -> str:

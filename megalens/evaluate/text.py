@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-_PICTURES = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor) -> list[str]:
@@ -60,14 +56,3 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-def visible(text: str) -> str:
-    """A string that is safe to print on one line of a terminal or page. Line breaks and tabs become arrows, other control characters and
-    those that change the direction of writing become replacement characters."""
-    return "".join(_PICTURES.get(c, "\ufffd" if _is_control(c) else c) for c in text)
-
-
-def _is_control(character: str) -> bool:
-    joiners = "\u200c\u200d"  # Persian and emoji need them
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in joiners

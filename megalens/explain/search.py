@@ -1,6 +1,6 @@
 """Ways to choose an explanation. The verbalizer has the activation, so it may look for the words from which it is rebuilt best.
 
-A new search is a class here, registered in :data:`SEARCHES` under the name by which it is asked for.
+A new search is a class like those here, registered in :data:`SEARCHES` under the name by which it is asked for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,12 +74,21 @@ class BestOf:
         )
 
 
-SEARCHES: dict[str, Callable[..., Search]] = {
-    "greedy": Greedy,
-    "best_of": lambda k, noise="1": BestOf(int(k), float(noise)),
+class Asked(NamedTuple):
+    """How a search is made of what follows its name, strings between colons; and how it is written, for messages."""
+
+    make: Callable[..., Search]
+    usage: str
+
+
+SEARCHES: dict[str, Asked] = {
+    "greedy": Asked(Greedy, "greedy"),
+    "best_of": Asked(
+        lambda k, noise="1": BestOf(int(k), float(noise)),
+        "best_of:K or best_of:K:NOISE with K at least 2 and NOISE above 0, e.g. best_of:8",
+    ),
 }
-"""By the name they are asked for; what follows the name, between colons, is handed on as strings."""
-USAGE = "greedy, or best_of:K or best_of:K:NOISE with K at least 2 and NOISE above 0, e.g. best_of:8"
+"""By the name they are asked for."""
 
 
 def search_named(spelling: str) -> Search:
@@ -89,9 +99,9 @@ def search_named(spelling: str) -> Search:
     """
     name, *arguments = spelling.split(":")
     try:
-        return SEARCHES[name](*arguments)
+        return SEARCHES[name].make(*arguments)
     except (KeyError, TypeError, ValueError):
-        raise EvaluationError(f"'{spelling}' is no search; write {USAGE}") from None
+        raise EvaluationError(f"'{spelling}' is no search; write {', or '.join(asked.usage for asked in SEARCHES.values())}") from None
 
 
 def _said(lens: ConsistencyLens, ids_BT: Tensor) -> Said:

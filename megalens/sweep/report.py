@@ -6,13 +6,17 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from megalens.evaluate.page import escape, page
 from megalens.evaluate.table import align
 from megalens.files import new_file
+from megalens.page.charts import Axis, Line, bars, lines, parallel, points
+from megalens.page.frame import page
+from megalens.page.text import escape
 from megalens.sweep.file import SweepFile
 from megalens.sweep.offline import command_of, run_name, trial_config
 from megalens.sweep.search import Search, point_of
@@ -67,7 +71,7 @@ def write(search: Search, path: Path) -> None:
         parts.append(f"<div class='card'>{parallel_coordinates(sweep, trials)}</div>")
         parts.append("<p class='soft'>A line per trial, the better the bolder; dashed: ended early. Point at one to read it.</p>")
     if importance := search.importance():
-        parts.append(f"<h2>What matters</h2><div class='card'>{bars(importance)}</div>")
+        parts.append(f"<h2>What matters</h2><div class='card'>{bars('importance of the parameters', importance)}</div>")
         parts.append("<p class='soft'>Share of each parameter in what sets the better half of the trials apart (PED-ANOVA).</p>")
     if drawing := curves(sweep, trials):
         parts.append(f"<h2>{escape(sweep.metric)} over the training</h2><div class='card'>{drawing}</div>")
@@ -77,92 +81,52 @@ def write(search: Search, path: Path) -> None:
 
 
 def parallel_coordinates(sweep: SweepFile, trials: list[FrozenTrial]) -> str:
-    """One axis per searched key and one for the metric."""
-    width, height, top, bottom, side = 760, 300, 34, 24, 70
+    """One axis per searched key and one for the metric; a line per trial that has a value."""
     shown = [(trial, value) for trial in trials if (value := _value(trial)) is not None]
-    axes = [_axis(sweep, key) for key in sweep.searched] + [_metric_axis(sweep, [value for _, value in shown])]
-    x = [side + (width - 2 * side) * i / (len(axes) - 1) for i in range(len(axes))]
-    parts = []
-    for rank, (trial, value) in reversed(list(enumerate(shown))):
+    found = [_axis(sweep, key) for key in sweep.searched] + [_metric_axis(sweep, [value for _, value in shown])]
+    series = []
+    for rank, (trial, value) in enumerate(shown):
         values = [*point_of(trial).values(), value]
-        places = [top + (height - top - bottom) * (1 - place(v)) for (_, _, place), v in zip(axes, values, strict=True)]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, places, strict=True))
-        dash = ' stroke-dasharray="5 4"' if trial.state == TrialState.PRUNED else ""
-        strength = 1 - 0.85 * rank / max(1, len(shown) - 1)
-        named = " · ".join(f"{k} {_short(v)}" for k, v in zip([*sweep.searched, sweep.metric], values, strict=True))
-        parts.append(
-            f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="{1 + 2 * strength:.1f}" '
-            f'stroke-opacity="{strength:.2f}"{dash}><title>{escape(f"trial {trial.number}: {named}")}</title></polyline>'
-        )
-    for at, (name, ticks, place) in zip(x, axes, strict=True):
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}" stroke="var(--soft)"/>')
-        parts.append(f'<text class="ink" x="{at:.1f}" y="18" text-anchor="middle">{escape(name)}</text>')
-        for tick in ticks:
-            y = top + (height - top - bottom) * (1 - place(tick))
-            parts.append(f'<text x="{at + 6:.1f}" y="{y + 4:.1f}">{escape(_short(tick))}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="parallel coordinates of the trials">{"".join(parts)}</svg>'
-
-
-def bars(importance: dict[str, float]) -> str:
-    """A bar per key."""
-    step, left, width = 28, 230, 760
-    parts = []
-    for i, (key, share) in enumerate(importance.items()):
-        y = step * i + 6
-        parts.append(f'<text class="ink" x="{left - 12}" y="{y + 13}" text-anchor="end">{escape(key)}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{(width - left - 70) * share:.1f}" height="16" rx="3" fill="var(--accent)"/>')
-        parts.append(f'<text x="{left + (width - left - 70) * share + 8:.1f}" y="{y + 13}">{share:.2f}</text>')
-    height = step * len(importance) + 8
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="importance of the parameters">{"".join(parts)}</svg>'
+        named = " · ".join(f"{axis.name} {_short(v)}" for (axis, _), v in zip(found, values, strict=True))
+        across = [(i, place(v)) for i, ((_, place), v) in enumerate(zip(found, values, strict=True))]
+        is_early = trial.state == TrialState.PRUNED
+        series.append(Line(f"trial {trial.number}: {named}", across, _strength(rank, len(shown)), dashed=is_early))
+    return parallel("parallel coordinates of the trials", [axis for axis, _ in found], series)
 
 
 def curves(sweep: SweepFile, trials: list[FrozenTrial]) -> str | None:
     """The metric over the training, a line per trial; None when nothing has been logged twice."""
-    series = []
+    found = []
     for trial in trials:
-        lines = read_curve(trial_config(sweep, trial.number, point_of(trial)).run_dir / "metrics.jsonl")
-        points = [(line["step"], line[sweep.metric]) for line in lines if sweep.metric in line and math.isfinite(line[sweep.metric])]
-        if len(points) > 1:
-            series.append((trial, points))
-    if not series:
-        return None
-    width, height, left, bottom, top = 760, 300, 60, 28, 10
-    steps, values = ([point[i] for _, points in series for point in points] for i in (0, 1))
-    first, last, low, high = min(steps), max(steps), min(values), max(values)
-    across, up = (last - first) or 1, (high - low) or 1e-9
-    parts = []
-    for rank, (trial, points) in reversed(list(enumerate(series))):
-        line = " ".join(
-            f"{left + (width - left - 10) * (s - first) / across:.1f},{top + (height - top - bottom) * (high - v) / up:.1f}"
-            for s, v in points
-        )
-        strength = 1 - 0.85 * rank / max(1, len(series) - 1)
-        parts.append(
-            f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-opacity="{strength:.2f}" stroke-width="1.8">'
-            f"<title>{escape(run_name(sweep, trial.number))}</title></polyline>"
-        )
-    for value in (low, (low + high) / 2, high):
-        y = top + (height - top - bottom) * (high - value) / up
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    parts.append(f'<text x="{left}" y="{height - 8}">{first:g}</text>')
-    parts.append(f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">micro-step {last:g}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="the metric of each trial over its training">{"".join(parts)}</svg>'
+        logged = read_curve(trial_config(sweep, trial.number, point_of(trial)).run_dir / "metrics.jsonl")
+        if len(pairs := points(logged, sweep.metric)) > 1:
+            found.append((run_name(sweep, trial.number), pairs))
+    series = [Line(name, pairs, _strength(rank, len(found))) for rank, (name, pairs) in enumerate(found)]
+    return lines(f"{sweep.metric} of each trial", series) if series else None
 
 
-def _axis(sweep: SweepFile, key: str):
-    """(name, ticks, value -> place in [0, 1]) of a searched key."""
+def _strength(rank: int, count: int) -> float:
+    """Of a trial's line: 1 for the best, near 0 for the last."""
+    return 1 - 0.85 * rank / max(1, count - 1)
+
+
+def _axis(sweep: SweepFile, key: str) -> tuple[Axis, Callable[[Any], float]]:
+    """The axis of a searched key, and the place of a value on it."""
     if key in sweep.choices:
         names = [json.dumps(option) for option in sweep.choices[key]]
-        return key, sweep.choices[key], lambda value: (names.index(json.dumps(value)) + 0.5) / len(names)
+        places = [(i + 0.5) / len(names) for i in range(len(names))]
+        labels = [_short(option) for option in sweep.choices[key]]
+        return Axis(key, list(zip(places, labels, strict=True))), lambda value: places[names.index(json.dumps(value))]
     numbers = sweep.ranges[key]
     scale = math.log if numbers.log else float
     low, high = scale(numbers.low), scale(numbers.high)
-    return key, [numbers.low, numbers.high], lambda value: (scale(value) - low) / (high - low)
+    return Axis(key, [(0, _short(numbers.low)), (1, _short(numbers.high))]), lambda value: (scale(value) - low) / (high - low)
 
 
-def _metric_axis(sweep: SweepFile, values: list[float]):
+def _metric_axis(sweep: SweepFile, values: list[float]) -> tuple[Axis, Callable[[Any], float]]:
     low, high = min(values), max(values)
-    return sweep.metric, [low, high] if high > low else [low], lambda value: (value - low) / ((high - low) or 1)
+    ticks = [(0.0, _short(low)), (1.0, _short(high))] if high > low else [(0.0, _short(low))]
+    return Axis(sweep.metric, ticks), lambda value: (value - low) / ((high - low) or 1)
 
 
 def _html_table(sweep: SweepFile, trials: list[FrozenTrial]) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.formats.format import Format, LoadedLens
 from megalens.checkpoint.formats.megalens import Megalens
+from megalens.config import Config
 
 FORMATS: list[Format] = [Megalens()]
 
-__all__ = ["FORMATS", "Format", "LoadedLens", "load_lens"]
+__all__ = ["FORMATS", "Format", "LoadedLens", "load_lens", "read_config"]
 
 
 def load_lens(folder: str | Path, **changes: Any) -> LoadedLens:
@@ -27,8 +29,18 @@ def load_lens(folder: str | Path, **changes: Any) -> LoadedLens:
         ConfigError: its subject cannot be loaded, or the weights do not fit it.
     """
     folder = Path(folder)
+    return _format_of(folder).load(folder, **changes)
+
+
+def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
+    """The configuration that the lens of a folder was trained with, whichever its format; see :meth:`Format.read_config`."""
+    folder = Path(folder)
+    return _format_of(folder).read_config(folder, arguments, **changes)
+
+
+def _format_of(folder: Path) -> Format:
     for each in FORMATS:
         if each.detect(folder):
-            return each.load(folder, **changes)
+            return each
     holds = "it holds " + ", ".join(f"no {each.looked_for}" for each in FORMATS) if folder.is_dir() else "it does not exist"
     raise CheckpointError(f"{folder} is no checkpoint: {holds}; a run's best one is outputs/<run>/best")

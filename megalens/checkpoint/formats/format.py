@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megalens.config import Config
 from megalens.statistics import ActivationStatistics
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ class LoadedLens:
 
 
 class Format(Protocol):
-    """A way in which lenses lie on the disk. Another one is a class of these four, listed in ``FORMATS``.
+    """A way in which lenses lie on the disk. Another one is a class of these five, listed in ``FORMATS``.
 
     Attributes:
         name: for messages.
@@ -33,6 +35,19 @@ class Format(Protocol):
 
     def detect(self, folder: Path) -> bool:
         """Is the folder of this format, as far as its files' names tell?"""
+        ...
+
+    def read_config(self, folder: Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
+        """The configuration that the lens was trained with; ``trust_remote_code`` is never taken from the folder.
+
+        Args:
+            arguments: ``key=value`` that are other here.
+            changes: the same as keywords.
+
+        Raises:
+            CheckpointError: it is damaged, or of another version.
+            ConfigError: a value is refused.
+        """
         ...
 
     def load(self, folder: Path, **changes: Any) -> LoadedLens:

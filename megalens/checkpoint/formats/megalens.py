@@ -39,6 +39,10 @@ class Megalens:
         """Does it hold a ``lens.json``?"""
         return (folder / self.looked_for).is_file()
 
+    def read_config(self, folder: Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
+        """See :class:`megalens.checkpoint.formats.format.Format`."""
+        return read_config(folder, arguments, **changes)
+
     def load(self, folder: Path, **changes: Any) -> LoadedLens:
         """See :class:`megalens.checkpoint.formats.format.Format`."""
         from megalens.objective import build_lens

@@ -1,51 +1,19 @@
-"""An HTML page that needs nothing but itself: style, script, and the text-coloured-by-FVE that both reports share.
-
-Every string of a text, a model or a file goes through :func:`escape`. The page's policy lets no network in and no script run but its own.
-"""
+"""A text coloured by the FVE of each token, its explanations on hover, focus and touch; and the page around such texts."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
+from megalens.page.frame import page
+from megalens.page.text import escape
 
-from megalens.evaluate.text import visible
+_LEVELS = 10  # shades between 0 and 1, and as many between 0 and -1
 
 STYLE = """
-:root { color-scheme: light dark; --bg: #fbfaf8; --card: #fff; --ink: #1d2026; --soft: #5c6370; --line: #dedbd5; --accent: #0b5c92;
-  --good: 0 114 178; --bad: 213 94 0; --weak: .07; --full: .5; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1c1f25; --ink: #e7e6e3; --soft: #a2a8b3; --line: #343943;
-  --accent: #7cc0ee; --good: 45 146 217; --bad: 226 112 32; --weak: .09; --full: .62; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 5rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-.soft { color: var(--soft); font-size: .9rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.15rem; margin: .8rem 0;
-  overflow-x: auto; }
-dl.setting { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 0; }
-dl.setting dt { color: var(--soft); font-size: .78rem; } dl.setting dd { margin: 0; font-weight: 550; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem .32rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: baseline;
-  white-space: nowrap; }
-tr:last-child > * { border-bottom: 0; }
-th:first-child, td:first-child, .words th, .words td { text-align: left; }
-.words td { white-space: normal; overflow-wrap: anywhere; } .words td:last-child, .words th:last-child { text-align: right;
-  white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 550; }
-tbody th { font-weight: 450; } tr.ours > * { font-weight: 700; color: var(--accent); }
-td small { color: var(--soft); font-weight: 400; font-size: .78rem; margin-left: .3rem; }
-.tail { color: var(--soft); font-family: ui-serif, Georgia, serif; }
-.words .said { min-width: 15rem; } .said { font-family: ui-serif, Georgia, serif; font-size: 1rem; }
 .text { font: 1.06rem/2.05 ui-serif, Georgia, "Times New Roman", serif; white-space: pre-wrap; overflow-wrap: anywhere; }
 .t { border-radius: .2rem; padding: .14em 0; cursor: help;
   background: rgb(var(--tone) / calc(var(--weak) + var(--v) * (var(--full) - var(--weak)))); }
 .t:hover, .t:focus { outline: 2px solid var(--ink); outline-offset: 1px; }
 .t.out { text-decoration: underline dotted var(--soft); text-underline-offset: .3em; }
 .g { --tone: var(--good); } .b { --tone: var(--bad); }
-LEVELS
 .legend { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .35rem; font-size: .84rem; color: var(--soft);
   margin: .6rem 0; }
 .legend .t { cursor: default; padding: .1rem .45rem; color: var(--ink); } .legend .gap { margin-left: 1rem; }
@@ -54,14 +22,7 @@ LEVELS
   padding: .5rem .7rem; font-size: .9rem; line-height: 1.4; pointer-events: none; box-shadow: 0 4px 18px rgb(0 0 0 / .3); }
 #tip[hidden] { display: none; } #tip b { display: block; font: 600 1rem/1.4 ui-serif, Georgia, serif; overflow-wrap: anywhere; }
 #tip span { opacity: .8; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .8rem; } .plots .card { margin: 0; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-  svg .ink { fill: var(--ink); }
-svg .ours { fill: var(--accent); font-weight: 700; }
-summary { cursor: pointer; color: var(--soft); font-size: .86rem; margin-top: .6rem; }
-a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-@media print { .card { break-inside: avoid; } details { display: none; } }
-"""
+""" + " ".join(f".v{i} {{ --v: {i / _LEVELS}; }}" for i in range(_LEVELS + 1))
 
 SCRIPT = """
 const tip = document.getElementById("tip");
@@ -100,26 +61,10 @@ for (const text of document.querySelectorAll(".text")) {
 addEventListener("scroll", hide, {passive: true});
 """
 
-_LEVELS = 10  # shades between 0 and 1, and as many between 0 and -1
 
-
-def page(title: str, body: str) -> str:
-    """A whole page around ``body`` (HTML already)."""
-    style = STYLE.replace("LEVELS", " ".join(f".v{i} {{ --v: {i / _LEVELS}; }}" for i in range(_LEVELS + 1)))
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
-    )
-
-
-def escape(text: str) -> str:
-    """A string as HTML text or attribute value; control and direction-changing characters become signs."""
-    return html.escape(visible(text), quote=True)
+def token_page(title: str, body: str) -> str:
+    """A page whose ``body``, HTML already, may hold :func:`coloured` texts and a :func:`legend`."""
+    return page(title, f'{body}\n<div id="tip" role="status" hidden></div>', STYLE, SCRIPT)
 
 
 def shade(fve: float) -> str:
