@@ -31,8 +31,9 @@ def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
     from megalens.config import load_config
     from megalens.data import dump
     from megalens.data.pretokenize import load_tokens
+    from megalens.device import usable_cores
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(max(1, usable_cores() // ranks))
     config = load_config(arguments)
     subject = dump.load_subject(config, upto_block=config.layer_l)
     dump.load_subject = lambda *_, **__: subject
@@ -58,7 +59,9 @@ def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
 
 def run(kind: str, ranks: int, arguments: list[str]) -> float:
     """Seconds of one run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    from megalens.device import usable_cores
+
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     command = [sys.executable, __file__, "--child", kind]
     processes = [subprocess.Popen([*command, str(rank), str(ranks), *arguments], **pipes) for rank in range(ranks)]

@@ -41,7 +41,7 @@ def run(main: Callable[[list[str]], int | None], doc: str, arguments: Sequence[s
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError, ModuleNotFoundError, MemoryError, FloatingPointError, RuntimeError) as error:
-        lines = _told(error)
+        lines = told(error)
         if not lines:
             raise
         for line in lines:
@@ -67,7 +67,7 @@ def _ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _told(error: Exception) -> list[str]:
+def told(error: Exception) -> list[str]:
     """The error in lines, for the person at the keyboard; none: it is a bug."""
     if isinstance(error, ModuleNotFoundError):
         if error.name is None or error.name.split(".")[0] == "megalens":

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config, ConfigError
+from megalens.launcher import launched
 
 
 def resolve_device(device: str) -> torch.device:
     """``auto``: this process's GPU where there is one, else the CPU.
 
     Raises:
-        ConfigError: ``cuda`` is asked for and there is none.
+        ConfigError: ``cuda`` is asked for and there is none, or none for this process.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -29,7 +30,15 @@ def resolve_device(device: str) -> torch.device:
         )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, gpus = launched().local_rank, torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(f"LOCAL_RANK={local_rank} has no GPU of its own: PyTorch sees {gpus} here; start one process per GPU")
+    return torch.device("cuda", local_rank)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS pins nothing
 
 
 def resolve_dtype(config: Config) -> str:

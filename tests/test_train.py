@@ -56,8 +56,8 @@ def here(place, monkeypatch):
             try:
                 assert main(list(arguments)) == 0
             except (ValueError, OSError) as error:
-                assert cli._is_expected(error), error
-                return cli._one_line(error)
+                assert cli.told(error), error
+                return "\n".join(cli.told(error))
         return printed.getvalue()
 
     return call
@@ -135,7 +135,8 @@ def test_two_ranks_with_slices_of_the_blocks_compute_the_same_run(place, alone):
 )
 def test_batch_is_shared_by_groups_of_ranks(place, monkeypatch, batch_size, ranks, tensor_ranks, message):
     monkeypatch.chdir(place)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     settings = ["config=conf/tiny.yaml", "engine=fsdp", f"fsdp.tensor_ranks={tensor_ranks}", f"batch_size={batch_size}", "kl_base_weight=1"]
     with pytest.raises(EngineError, match=message) if message else contextlib.nullcontext():
         check_ready(load_config(settings))

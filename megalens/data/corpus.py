@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,6 +20,7 @@ from megalens.data import DataError
 from megalens.data.compressed import is_whole
 from megalens.data.local_files import kind_of, local_files, source_fingerprint, source_name
 from megalens.data.paragraphs import text_documents
+from megalens.device import usable_cores
 
 _DISAMBIGUATION = "may refer to"
 
@@ -79,7 +79,7 @@ def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
 
 def processes(config: Config, documents: int) -> int | None:
     """How many processes ``datasets`` shall use for so many documents; None: this one alone."""
-    wanted = min(config.pretokenize.num_proc or len(os.sched_getaffinity(0)), documents // 500)
+    wanted = min(config.pretokenize.num_proc or usable_cores(), documents // 500)
     return wanted if wanted > 1 else None
 
 

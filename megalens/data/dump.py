@@ -8,7 +8,6 @@ again, the same to the last bit.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, rea
 from megalens.device import resolve_dtype
 from megalens.families.loading import check_model
 from megalens.files import Folder
+from megalens.launcher import rank
 from megalens.lens.subject import Subject, load_subject
 
 SPLITS = ("train", "val")
@@ -124,12 +124,8 @@ def row_order(config: Config, split: str, tokens: datasets.Dataset) -> RowOrder:
 
 def say(text: str) -> None:
     """Print a line, once for all ranks."""
-    if _rank() == 0:
+    if rank() == 0:
         print(text, flush=True)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
 def _key(split: str) -> str:
@@ -206,7 +202,7 @@ def _work(config: Config, subject: Subject, tokens: datasets.Dataset, order: Row
     for number, writer in enumerate(writers):
         writer.calibrate(partial(first_activations, number))
     label = f"dumping {writers[0].header['split']}"
-    with tqdm(total=order.rows, initial=written, unit="row", desc=label, disable=_rank() != 0, smoothing=0.05) as bar:
+    with tqdm(total=order.rows, initial=written, unit="row", desc=label, disable=rank() != 0, smoothing=0.05) as bar:
         with ThreadPoolExecutor(1) as background:
             pending = None
             for index in range(writers[0].num_shards):

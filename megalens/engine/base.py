@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megalens.config import Config
 from megalens.device import materialise
 from megalens.engine.state import MOMENTS, EngineError, OptimizerState, Part, copied, owners
+from megalens.launcher import launched
 
 Groups = dict[str, dict[str, nn.Parameter]]
 Batch = Mapping[str, Any]  # tensors by name
@@ -29,12 +30,23 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def join_ranks(device: torch.device) -> None:
-    """Enter the process group that the launcher (torchrun, deepspeed, srun) describes in the environment; nothing for a single process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    """Enter the process group that the launcher (torchrun, deepspeed) describes in the environment; nothing for a single process.
+
+    Raises:
+        EngineError: the processes do not find each other.
+    """
+    place = launched()
+    if place.size == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        mend = "start all of them, each with the same MASTER_ADDR and a free MASTER_PORT; or unset RANK WORLD_SIZE LOCAL_RANK"
+        raise EngineError(f"process {place.rank} of {place.size} does not find the others at {where} ({reason}); {mend}") from None
 
 
 def join_alone(device: torch.device) -> None:

@@ -133,7 +133,7 @@ def take_shapes(found: dict) -> Iterator[str]:
             yield f"take out the section {name}; {mend}"
     for place, example in SECTIONS.items():
         section, _, inner = place.rpartition(".")
-        holder = look_up(found, section) if section else found
+        holder: Any = look_up(found, section) if section else found
         if isinstance(holder, dict) and not isinstance(holder.get(inner, {}), dict):
             yield f"{stated(place, holder.pop(inner))} must be a section, e.g. {example}; or leave it out"
     for name, value in list(found.items()):

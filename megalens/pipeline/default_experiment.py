@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from megalens.config import Config, load_config
+from megalens.launcher import launched, rank
 
 DEMO, TINY = "config=conf/demo_warmstart.yaml", "config=conf/tiny.yaml"
 ENGINE = ("deepspeed", "engine", "device", "local_rank", "local-rank")  # keys that say how, not what
@@ -29,12 +29,12 @@ def with_experiment(arguments: list[str]) -> list[str]:
     chosen = DEMO if dumped else TINY
     config = load_config([*arguments, chosen])
     run_name = f"default_{config.run_name}"
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         why = "" if dumped else " (the demo's activations are not there; make demo makes them)"
         print(f"no config= and no settings: training {chosen.removeprefix('config=')}{why}", file=sys.stderr, flush=True)
     if not dumped:
         _make_tiny(config)
-    pairs = 2 * int(os.environ.get("WORLD_SIZE", 1))
+    pairs = 2 * launched().size
     return [*arguments, chosen, f"run_name={run_name}", f"batch_size={-(-config.batch_size // pairs) * pairs}"]
 
 

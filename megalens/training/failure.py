@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from megalens.engine.base import leave_ranks
 from megalens.engine.state import EngineError
+from megalens.launcher import rank
 
 _PATIENCE = 5.0  # seconds in which the first to fail has told it and the launcher ends the others
 
@@ -35,7 +35,7 @@ def told_once() -> Iterator[None]:
         yield
     except Exception as error:
         if not dist.is_initialized():
-            if int(os.environ.get("RANK", 0)):
+            if rank():
                 time.sleep(_PATIENCE)
             raise
         if not _is_first_to_fail():

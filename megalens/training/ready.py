@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from megalens.checkpoint import finished_checkpoints
@@ -14,6 +12,7 @@ from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
 from megalens.families.loading import check_model
+from megalens.launcher import launched
 from megalens.training.start import source_folder
 
 
@@ -24,7 +23,7 @@ def check_ready(config: Config) -> torch.device:
         ValueError: one of ours, in one line that names the mend.
     """
     device = resolve_device(config.device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = launched().size
     together = config.fsdp.tensor_ranks
     if ranks % together:
         raise EngineError(f"fsdp.tensor_ranks={together} does not divide the {ranks} processes")

@@ -24,6 +24,7 @@ from megalens.data.loader import ActivationLoader
 from megalens.device import resolve_dtype
 from megalens.engine import rank_and_size
 from megalens.files import Lock
+from megalens.launcher import rank
 from megalens.statistics import ActivationStatistics
 from megalens.training.progress import TRAINER_VERSION, Progress
 
@@ -61,7 +62,7 @@ def sole_training(config: Config) -> Iterator[None]:
     Raises:
         CheckpointError: another one is at work there, and does not stop in a moment.
     """
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         yield
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
