@@ -136,6 +136,15 @@ def test_a_new_term_is_one_class_and_its_registration(folder, monkeypatch):
     assert (scheduled.type, scheduled.start_value) == ("linear", 0.1)
 
 
+class Misspelt(Norms):
+    needs = frozenset({"text", "rebuilt"})
+
+
+def test_a_term_that_needs_what_no_pass_gives_is_refused():
+    with pytest.raises(ValueError, match=r"norms needs \['rebuilt', 'text'\]; a pass gives read, tails"):
+        Objective(Config(), [Misspelt])
+
+
 class SayRollouts(Term):
     """Cross-entropy of the verbalizer on what it has sampled."""
 

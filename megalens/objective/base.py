@@ -122,10 +122,14 @@ class Objective:
 
     Raises:
         ConfigError: ``terms`` names one that there is not.
+        ValueError: a term needs what no pass gives.
     """
 
     def __init__(self, config: Config, kinds: Sequence[type[Term]]):
         self.config, self.terms = config, [kind(config) for kind in kinds]
+        for term in self.terms:
+            if not term.needs <= set(NEEDS):
+                raise ValueError(f"the term {term.name} needs {sorted(term.needs)}; a pass gives {', '.join(NEEDS)}")
         unknown = set(config.terms) - {term.name for term in self.terms if term.key.startswith("terms.")}
         if unknown:
             known = ", ".join(term.key for term in self.terms)

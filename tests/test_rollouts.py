@@ -1,0 +1,41 @@
+"""Rollouts and the training pass on them are two calls that sharded engines serve as one process does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launched import ROOT, environment
+from tiny_run import make_subject_and_dump
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts")
+    make_subject_and_dump(folder)
+    sharded = json.loads((ROOT / "ds_configs" / "z3.json").read_text())
+    sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything in shards, however small
+    (folder / "sharded.json").write_text(json.dumps(sharded))
+    return folder
+
+
+def trained(folder, engine, ranks):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "tests/rollout_ranks.py", str(folder), engine]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rollouts-{engine}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return trained(folder, "local", 1)[0]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_sharded_ranks_sample_and_train_on_what_one_process_does(folder, alone, engine):
+    ranks = trained(folder, engine, 2)
+    for step, whole in enumerate(alone):
+        assert [row for rank in ranks for row in rank[step]["ids"]] == whole["ids"]
+        for name in ("loss", "say"):
+            assert ranks[0][step][name] == pytest.approx(whole[name], rel=1e-4)
