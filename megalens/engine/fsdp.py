@@ -1,9 +1,9 @@
 """FSDP2: parameters, gradients and optimizer state in shards over the ranks, by PyTorch's own ``fully_shard``.
 
-What is sharded and gathered together are the module's ``shard_units()`` (lists of modules). Units of several modules (tied embeddings)
-stay gathered through a forward or backward pass; all others are gathered when one of their modules is called, or, for those
-that fit into ``fsdp.gather_gb``, once per micro-step. With ``fsdp.tensor_ranks``, what is sharded and gathered are slices of matrices
-(:mod:`megalens.engine.tensor`), by ranks that hold the same slices.
+The module's ``shard_units()``, lists of modules, are sharded and gathered as one. A unit of several modules (tied embeddings) stays
+gathered through a forward or backward pass. Units that fit into ``fsdp.gather_gb`` are gathered once per micro-step. All others are
+gathered whenever one of their modules is called. With ``fsdp.tensor_ranks``, ranks that hold the same slices of matrices
+(:mod:`megalens.engine.tensor`) shard and gather those slices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AXES = ("replicate", "shard", "tensor")  # of the mesh; where there is one copy 
 
 
 class FsdpEngine(Engine):
-    """The optimizer on float32 shards of the trainable parameters; what is frozen is sharded in its own dtype.
+    """Steps on float32 shards of the trainable parameters. Frozen parameters are sharded in their own dtype.
 
     Args:
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
@@ -152,7 +152,7 @@ class FsdpEngine(Engine):
             self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=master.device), **moments}
 
     def _widen(self, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-        """Float32 values of parameters that are trained, the same on every rank."""
+        """Make trained parameters float32, with the same values on every rank."""
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.data = weights[name].to(self.device).float() if name in weights else parameter.data.float()
@@ -164,13 +164,13 @@ class FsdpEngine(Engine):
             part.reshard()
 
     def _take_gradient(self, name: str) -> Tensor:
-        """This rank's shard of a gradient, averaged over ranks; zero where there was none."""
+        """This rank's shard of a gradient, averaged over the ranks; zeros where there was none."""
         shard, master = self.shards[name], self.masters[name]
         gradient, shard.grad = cast(DTensor | None, shard.grad), None
         return torch.zeros_like(master) if gradient is None else gradient.to_local()
 
     def _agree(self, gradients: dict[str, Tensor]) -> None:
-        """One gradient of what tensor-parallel ranks all hold: theirs differ where a kernel's sums have no fixed order."""
+        """Give tensor-parallel ranks one gradient of what they all hold. Theirs differ where a kernel sums in no fixed order."""
         if self.config.fsdp.tensor_ranks == 1:
             return
         same = [gradient for name, gradient in gradients.items() if not self._is_slice(self.shards[name])]
@@ -186,7 +186,7 @@ class FsdpEngine(Engine):
         return "tensor" in (shard.device_mesh.mesh_dim_names or ()) and not shard.placements[-1].is_replicate()
 
     def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Of the whole gradient; what several ranks hold counts once."""
+        """Norm of the whole gradient; a shard that several ranks hold counts once."""
         squares = [gradient.double().square().sum() / self._copies(name) for name, gradient in gradients.items()]
         total = torch.stack(squares).sum().to(self.device)
         self._sum(total)
@@ -200,7 +200,7 @@ class FsdpEngine(Engine):
 
 
 def _mesh(fsdp: Fsdp, device_type: str, ranks: int) -> DeviceMesh:
-    """Ranks by (copies of the model,) shard and slice of it."""
+    """The ranks as a mesh of :data:`AXES`."""
     copy = fsdp.shard_ranks or ranks
     if ranks % copy:
         raise EngineError(f"fsdp.shard_ranks={copy} does not divide the {ranks} processes")

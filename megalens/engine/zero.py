@@ -124,13 +124,13 @@ class ZeroEngine(Engine):
         raise TypeError(f"{type(self.sharded).__name__} of this DeepSpeed keeps its partitions elsewhere")
 
     def _share_float32_shards(self) -> None:
-        """Stage 3 steps on float32 copies of its shards even when these are float32 and there already: it compares a device with a name."""
+        """Let stage 3 step on its float32 shards themselves. It copies them, because it compares a device with a device's name."""
         for partition, shard in zip(self._partitions(), self.sharded.fp16_partitioned_groups_flat, strict=True) if self._is_stage_3 else ():
             if shard is not None and (shard.dtype, shard.device, shard.shape) == (partition.dtype, partition.device, partition.shape):
                 partition.data = shard.data
 
     def _forget_gradients(self) -> None:
-        """Stage 3 keeps the last gradient of a parameter that gets none in the next step, and would apply it again."""
+        """Zero stage 3's gradients. It keeps them, and would apply a gradient again when its parameter gets none in the next step."""
         if self._is_stage_3:
             self.sharded.grad_partitions_flat_buffer.zero_()
             for partition in self._partitions() if self.sharded.offload_optimizer else ():
@@ -138,7 +138,7 @@ class ZeroEngine(Engine):
                     partition.grad.zero_()
 
     def _link_moments(self) -> None:
-        """Stages 1 and 2 look up each parameter's moments once, when only the first group has any."""
+        """Let stages 1 and 2 look up each parameter's moments again. They do so once, when only the first group has any."""
         if not self._is_stage_3 and self.steps_taken():
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()
@@ -154,7 +154,7 @@ class ZeroEngine(Engine):
 
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
         set_parameter, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
-        if self._is_stage_3:  # whose setters of whole values cannot pad a parameter that the ranks do not divide
+        if self._is_stage_3:  # its setters of whole values cannot pad a parameter whose size the ranks do not divide
             set_parameter, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
             share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's own attribute
             padded = torch.zeros(share * self.world_size, device=self.device)

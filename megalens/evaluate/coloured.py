@@ -68,17 +68,17 @@ def token_page(title: str, body: str) -> str:
 
 
 def shade(fve: float) -> str:
-    """Classes of a token's colour: blue above 0 up to 1, orange below 0 down to -1 (and everything below)."""
+    """CSS classes of a token's colour: blue from 0 to 1, orange below 0; everything below -1 looks like -1."""
     tone = "g" if fve >= 0 else "b"
     return f"{tone} v{round(min(1.0, abs(fve)) * _LEVELS)}"
 
 
 def coloured(tokens: list[dict], trained: range) -> str:
-    """A text with each token coloured by its FVE, its explanation shown on hover, focus and touch, and as a table.
+    """A text as HTML, each token coloured by its FVE. Its explanation is shown on hover, focus and touch, and in a table below.
 
     Args:
         tokens: ``token``, ``explanation`` and ``fve`` of each.
-        trained: positions the lens was trained on; the others are marked.
+        trained: the positions that the lens was trained on; tokens at others are marked.
     """
     spans, rows = [], []
     for at, each in enumerate(tokens):
@@ -96,7 +96,7 @@ def coloured(tokens: list[dict], trained: range) -> str:
 
 
 def legend(trained: range) -> str:
-    """What the colours say."""
+    """The key to the colours, as HTML."""
     steps = [-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0]
     swatches = "".join(
         f'<span class="t {shade(v)}">{"&le; &minus;1" if v == -1 else f"{v:g}".replace("-", "&minus;")}</span>' for v in steps

@@ -1,4 +1,4 @@
-"""``report.html``: the result of an evaluation, or the explanations of one text, as a page to read and to send on."""
+"""Two pages: ``report.html``, the result of an evaluation; and the explanations of one text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CURVES = (
 
 
 def save(run: str | Path, result: Result, curve: list[dict]) -> None:
-    """Write ``evaluation.json`` and ``report.html`` into a run's folder, each replaced in one go.
+    """Write ``evaluation.json`` and ``report.html`` into a run's folder. A reader sees the old file or the new one, never half of one.
 
     Args:
         run: the folder; its name is the report's title.

@@ -1,6 +1,6 @@
-"""Memory, FLOPs and gathered parameters of one training step, found without the model's weights.
+"""Memory, FLOPs and gathered parameters of one training step, measured without the model's weights.
 
-The lens takes the step on PyTorch's meta device, where tensors have shapes and nothing else, while all three are counted.
+The lens takes the step on PyTorch's meta device, where tensors have shapes but no content. All three are counted meanwhile.
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ _SMALL, _SAMPLES = (2, 2), (2, 4)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a lens and a step of it.
+    """What a lens and one step of it need. Parameters and hidden states are counted in elements, not bytes.
+
+    A quantity of a step with n samples is ``fixed + n * per_sample``.
 
     Attributes:
-        frozen, trained: numbers (not bytes) of the parameters.
-        sizes: numbers of each parameter.
-        width: bytes of a number.
-        vocabulary, block: numbers of the vocabulary and of the largest block: what is gathered at once when parameters are sharded.
-        trained_block: numbers that are trained in the block that trains most.
-        passed, gathers: numbers gathered in a step when every unit is gathered whenever it is used, and how often that is.
-        summed_fixed, summed_per_sample: numbers of hidden states that ranks which slice the blocks sum in a step, else 0.
-        bytes_fixed, bytes_per_sample: what a step has allocated at its peak, beyond parameters, gradients and optimizer.
-        flops_fixed, flops_per_sample: of a step.
-        kv_per_sample: bytes of the decode's keys and values, contained in ``bytes_per_sample``.
-        tiles_fixed, tiles_per_sample: bytes by which operations with the vocabulary, with their tiles of logits, go beyond that peak; less
-            than 0 where they stay below it.
+        frozen, trained: elements of the frozen and of the trained parameters.
+        sizes: elements of each parameter.
+        width: bytes of an element.
+        vocabulary, block: elements of the vocabulary and of the largest block; a sharded engine gathers each of them as one.
+        trained_block: trained elements of the block that trains most.
+        passed, gathers: elements gathered in a step in which every unit is gathered at each use, and the number of those uses.
+        summed_fixed, summed_per_sample: elements of hidden states that tensor-parallel ranks sum in a step; 0 without them.
+        bytes_fixed, bytes_per_sample: bytes allocated at a step's peak, beside parameters, gradients and optimizer.
+        flops_fixed, flops_per_sample: FLOPs of a step.
+        kv_per_sample: bytes of the decode's keys and values; ``bytes_per_sample`` contains them.
+        tiles_fixed, tiles_per_sample: bytes that vocabulary operations, with their tiles of logits, add to that peak; negative where
+            they stay below it.
     """
 
     frozen: int
@@ -76,9 +78,9 @@ class Footprint:
 
 
 def footprint(config: Config) -> Footprint:
-    """Measure a configuration's lens and step. The model's ``config.json`` must be there, its weights need not.
+    """Measure a configuration's lens and step. It needs the model's ``config.json``, not its weights.
 
-    With ``fsdp.tensor_ranks`` it is what one rank of a node has of them: its slices of the blocks, and the whole vocabulary.
+    With ``fsdp.tensor_ranks`` it is the part of one rank: its slices of the blocks, and the whole vocabulary.
 
     Raises:
         ConfigError: no such model, ``layer_l`` is not a block of it, or its blocks cannot be sliced so.
@@ -115,7 +117,7 @@ def footprint(config: Config) -> Footprint:
 
 
 def _step(config: Config, lower: int, upper: int) -> list[tuple[float, float]]:
-    """(fixed, per sample) of what :func:`_measure` finds in a step with so many blocks up to ``layer_l`` and above."""
+    """(fixed, per sample) of each quantity of :func:`_measure`, for ``lower`` blocks up to ``layer_l`` and ``upper`` above it."""
     at = {depth: _measure(config, *depth) for depth in [_SMALL, (_SMALL[0] + 1, _SMALL[1]), (_SMALL[0], _SMALL[1] + 1)]}
     base, *more = at.values()
     result = []
@@ -134,7 +136,7 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, numbers passed, gathers, numbers summed and what the vocabulary adds to the peak, for each of ``_SAMPLES``."""
+    """Peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes that the vocabulary adds to the peak; for each of ``_SAMPLES``."""
     lens = meta_lens(config, (lower, upper))
     found: list[tuple[float, ...]] = []
     for samples in _SAMPLES:
@@ -170,7 +172,7 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
 
 
 def _slice(settings: Settings, ranks: int) -> None:
-    """Give a model's settings the shapes that each of so many ranks has of it."""
+    """Change a model's settings to the shapes of one of so many tensor-parallel ranks."""
     if ranks == 1:
         return
     counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -182,7 +184,7 @@ def _slice(settings: Settings, ranks: int) -> None:
 
 
 def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
-    """A batch of the longest contexts, without content."""
+    """A batch of contexts of the greatest length, on the meta device."""
     ids = torch.zeros(samples, config.activation_dumper.seq_len, dtype=torch.long, device="meta")
     row = torch.zeros(samples, dtype=torch.long, device="meta")
     activation = torch.zeros(samples, lens.subject.d, device="meta")
@@ -190,7 +192,7 @@ def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
 
 
 def take_step(lens: ConsistencyLens, batch: Batch) -> None:
-    """Forward and backward; a gradient is gone as soon as it is there, as the engines hand it on."""
+    """Run forward and backward. Each gradient is freed as soon as it is there, as engines do that pass it on."""
 
     def hand_on(parameter: nn.Parameter) -> None:
         parameter.grad = None
@@ -209,7 +211,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 class _Words:
-    """In place of a tokenizer that is not there: a token per word, which is near enough for the few words of a prompt."""
+    """Stands in for a missing tokenizer: one token per word, which is near enough for the few words of a prompt."""
 
     eos_token_id = 0
 
@@ -221,11 +223,15 @@ class _Words:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered: the bytes of the tensors that operations made and that are still referred to, their ``peak``, and the ``tiled`` one:
-    that of operations with the vocabulary, and of the logits that live inside them.
+    """While entered, counts the bytes of tensors that operations made and that are still referred to.
 
     Args:
         module: the lens; its parameters and buffers, and views of them, do not count.
+
+    Attributes:
+        live: bytes now.
+        peak: the most there were.
+        tiled: the most there were during a vocabulary operation, with the tiles of logits inside it.
     """
 
     def __init__(self, module: ConsistencyLens) -> None:
@@ -257,7 +263,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tile_bytes(function, args) -> int:
-    """What a vocabulary operation has of float32 logits and their gradients at once."""
+    """Bytes of the float32 logits, and of their gradients, that a vocabulary operation holds at once."""
     kind = getattr(function, "overloadpacket", None)
     if kind is torch.ops.megalens.vocab_divergences:
         hidden_ND, weight_VD, tiles = args[0], args[2], 2
@@ -273,9 +279,9 @@ def _tile_bytes(function, args) -> int:
 
 @contextmanager
 def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]]]:
-    """List each use of a unit: how many numbers its parameters have, how many its result has, and whether this is a backward pass.
+    """List each use of a unit: elements of its parameters, elements of its result, and whether this is a backward pass.
 
-    A forward pass whose result needs a gradient is followed by a backward pass, which is a use of its own.
+    A forward pass whose result needs a gradient is followed by a backward pass, which is another use.
     """
     uses: list[tuple[int, int, bool]] = []
 
@@ -295,7 +301,7 @@ def _counted_uses(units: list[nn.Module]) -> Iterator[list[tuple[int, int, bool]
 
 
 def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bool]]) -> int:
-    """Numbers that the ranks of a sliced model sum: in forward behind each rowwise layer, in backward for each input of colwise layers."""
+    """Elements that the ranks of a sliced model sum: in forward after each rowwise layer, in backward for each input of colwise layers."""
     if config.fsdp.tensor_ranks == 1:
         return 0
     slicing, vocabulary = lens.subject.lm.slicing(1), _numel(lens.subject.lm.vocabulary)
@@ -305,7 +311,7 @@ def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bo
 
 
 def _units(lens: ConsistencyLens) -> list[nn.Module]:
-    """What engines gather as one: blocks (the subject's and the lens' own) and the vocabulary."""
+    """The modules that engines gather as one: blocks (the subject's and the lens' own) and the vocabulary."""
     return [*lens.subject.lm.blocks, *lens.verbalizer.own.values(), *lens.reconstructor.own.values(), lens.subject.lm.vocabulary]
 
 

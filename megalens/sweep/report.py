@@ -1,4 +1,4 @@
-"""What a sweep has found: a table, the best trial's command, and a page with parallel coordinates, importance and curves."""
+"""Show what a sweep has found: a table, the best trial's command, and a page with parallel coordinates, importance and curves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", Tr
 
 
 def table(search: Search) -> str:
-    """The trials as text, the best first."""
+    """The trials as a text table, the best first."""
     keys, metric = search.sweep.searched, search.sweep.metric
     rows = [["trial", *keys, metric, "state"]]
     for trial in ranked(search):
@@ -35,7 +35,7 @@ def table(search: Search) -> str:
 
 
 def best_command(search: Search) -> str | None:
-    """The best trial's training as a command to copy, its run called <sweep>-best; None when no trial has finished."""
+    """A command that trains with the best trial's settings, as the run <sweep>-best; None when no trial has finished."""
     best = search.best()
     if best is None:
         return None
@@ -44,7 +44,7 @@ def best_command(search: Search) -> str | None:
 
 
 def ranked(search: Search) -> list[FrozenTrial]:
-    """The trials, the finished ones first and the best of them at the top."""
+    """The trials, the best finished one first; then those that ended early, run, or failed."""
     sign = -1 if search.sweep.maximize else 1
     order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
     trials = [t for t in search.trials() if "point" in t.user_attrs]
@@ -57,7 +57,7 @@ def ranked(search: Search) -> list[FrozenTrial]:
 
 
 def write(search: Search, path: Path) -> None:
-    """The page; it needs nothing but itself, and every text from a file is escaped."""
+    """Write the page."""
     sweep, trials = search.sweep, ranked(search)
     done = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
     setting = {"method": sweep.method, "metric": f"{'largest' if sweep.maximize else 'smallest'} {sweep.metric}"}

@@ -1,4 +1,4 @@
-"""Work beside the training, one piece at a time."""
+"""Work that runs beside the training, one call at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 class Background:
-    """A thread for one call at a time; what it raises is raised again where the training next asks after it.
+    """A thread that runs one call at a time. An exception of the call is raised again by the next :meth:`check` or :meth:`wait`.
 
-    It ends with the process: a call that is cut off is as one that was killed.
+    The thread is a daemon: it ends with the process, in the middle of a call if need be.
     """
 
     def __init__(self) -> None:
@@ -17,24 +17,24 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin a call, when the one before is done."""
+        """Wait for the call before, then start this one."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a finished call has raised; never waits."""
+        """Raise the exception of a finished call, if it had one; never wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Wait for the call to end, and raise what it has raised."""
+        """Wait for the call to end, then raise its exception, if it had one."""
         self.settle()
         self.check()
 
     def settle(self, seconds: float | None = None) -> None:
-        """Wait, at most so long, for the call to end."""
+        """Wait for the call to end, at most so many seconds; raise nothing."""
         if self._thread is not None:
             self._thread.join(seconds)
 

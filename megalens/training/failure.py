@@ -1,4 +1,4 @@
-"""One rank's failure is told once: by itself, not by all the ranks that lose it."""
+"""Report the failure of a rank once: by that rank, not by every rank that loses it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megalens.engine.base import leave_ranks
 from megalens.engine.state import EngineError
 from megalens.launcher import rank
 
-_PATIENCE = 5.0  # seconds in which the first to fail has told it and the launcher ends the others
+_PATIENCE = 5.0  # seconds for the first rank to report its failure, and for the launcher to end the others
 
 
 class LostRank(EngineError):
-    """Another process has ended, and none of the living knows why. The message is one line."""
+    """Another process has ended, and no remaining one knows why. The message is one line."""
 
 
 @contextlib.contextmanager
 def told_once() -> Iterator[None]:
-    """For a rank's whole work; leaves the process group at its end.
+    """Wrap a rank's whole work; leave the process group at the end.
 
-    An error of a rank passes through; the ranks that fail after it, of the same error or for want of it, wait for their launcher to end
-    them, and exit with code 1 without a word. Ahead of the process group, where an error is mostly everybody's, rank 0 tells it, and
-    another rank when the launcher has not ended it.
+    The error of the first rank to fail passes through. Ranks that fail later, of the same error or because the first is gone, say nothing: they
+    wait for their launcher to end them, then exit with code 1. Before there is a process group most errors strike all ranks alike. Then rank 0
+    reports at once, and another rank only if its launcher has not ended it in the meantime.
 
     Raises:
-        LostRank: instead of the errors of gloo and NCCL when another process died before it could tell anything.
+        LostRank: in place of an error of gloo or NCCL, when another process died before it could report anything.
     """
     try:
         yield

@@ -14,7 +14,7 @@ from megalens.schedule import Clock, duration_steps, duration_text
 
 
 def first_not_finite(weights: dict[str, Tensor]) -> str | None:
-    """The first weight that holds NaN or infinity."""
+    """The name of the first weight that holds NaN or infinity; None when all are finite."""
     return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
@@ -29,9 +29,17 @@ class TrainingError(ValueError):
 class Progress:
     """Where a training stands; kept in a checkpoint's ``trainer.json``.
 
-    ``step`` counts micro-steps (always whole optimizer steps), ``skipped`` the optimizer steps that were not finite. ``best`` holds
-    ``[metric, checkpoint name]``, the best first, ``kept`` the ``[step, checkpoint name]`` of those that stay for good. ``window`` sums
-    the training figures since they were last logged.
+    Attributes:
+        step: micro-steps taken, always whole optimizer steps.
+        skipped: optimizer steps whose loss or gradient was not finite.
+        skipped_in_a_row: those of them since the last step that was taken.
+        validated, saved: the micro-step of the last validation and of the last save; -1 before the first.
+        best: ``[metric, checkpoint name]``, the best first.
+        kept: ``[step, checkpoint name]`` of the checkpoints that are never removed.
+        window: sums of the training figures since they were last logged.
+        window_size: optimizer steps in ``window``.
+        curve_lines: lines of ``metrics.jsonl`` at the last save.
+        wandb_run: the id of the W&B run.
     """
 
     step: int = 0
@@ -48,7 +56,7 @@ class Progress:
 
 
 def clock_of(config: Config, steps_per_epoch: int) -> Clock:
-    """The training's clock; its length is cut to whole optimizer steps, and ``early_termination.steps`` rounded up to them.
+    """The training's clock. Its length is rounded down to whole optimizer steps, ``early_termination.steps`` is rounded up.
 
     Raises:
         TrainingError: it is shorter than one optimizer step.
@@ -70,5 +78,5 @@ def clock_of(config: Config, steps_per_epoch: int) -> Clock:
 
 
 def is_finished(progress: Progress, clock: Clock) -> bool:
-    """Has a training reached its end, its last validation and save included?"""
+    """Whether a training has reached its end, and the last validation and save are done."""
     return progress.step >= clock.last_step and progress.validated == progress.saved == progress.step

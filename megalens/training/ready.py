@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is loaded."""
+"""Checks that need no model and no data: whatever is bound to fail is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megalens.training.start import source_folder
 
 
 def check_ready(config: Config) -> torch.device:
-    """Refuse a training that cannot run, and tell its device.
+    """Refuse a training that cannot run; return the device it runs on.
 
     Raises:
-        ValueError: one of ours, in one line that names the mend.
+        ValueError: a subclass of it; the message is one line and names the mend.
     """
     device = resolve_device(config.device)
     ranks = launched().size

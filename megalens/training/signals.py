@@ -1,4 +1,4 @@
-"""Stopping cleanly: a signal is remembered, and the training stops behind the step it is in; children stop with their parent."""
+"""Stop cleanly: a signal is remembered, and the training stops after its current step. Children stop with their parent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import signal
 import sys
 import time
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: Slurm's warning ahead of the time limit
-_IMPATIENCE = 1.0  # seconds; a launcher passes on the Ctrl-C that its processes have already got from the terminal
+_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: Slurm's warning before the time limit
+_IMPATIENCE = 1.0  # seconds; a process gets one Ctrl-C from the terminal and the same one again from its launcher
 
 
 class StopSignals:
-    """While entered: SIGTERM, SIGUSR1 and SIGINT set :attr:`received`. A second SIGINT, a moment later, stops at once.
+    """While entered, SIGTERM, SIGUSR1 and SIGINT set :attr:`received`. A second SIGINT more than a second later stops at once.
 
     Attributes:
         received: the signal's number, or None.
@@ -42,6 +42,6 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """For ``preexec_fn``: on Linux, a child whose parent is killed is told to stop, so that the next attempt finds nobody at work."""
+    """For ``preexec_fn``: on Linux, send a child SIGTERM when its parent dies, so that it is gone when the parent is started again."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -31,7 +31,7 @@ from megalens.training.progress import TRAINER_VERSION, Progress
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
 _FREE = ("verbalizer.checkpoint_every_n_tokens",)  # memory and time only
-_PATIENCE = 20.0  # seconds; a training that was told to stop, or lost its launcher, is still on its way out
+_PATIENCE = 20.0  # seconds for a training to end that was told to stop, or whose launcher is gone
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Start:
 
     Attributes:
         progress: where it stands.
-        statistics: of its own training activations, what its figures are measured against.
-        standard: mean and variance ``[D]`` by which the lens standardises activations: those of the rows it was first trained on.
+        statistics: of its training activations; its figures are measured against them.
+        standard: mean and variance ``[D]`` by which the lens standardises activations, those of the rows it was first trained on.
         weights: by stable names; None for a fresh lens.
-        resumed: the checkpoint it goes on from, whose optimizer state it takes over as well.
-        where: where it starts, for people.
+        resumed: the checkpoint it resumes from, optimizer state included; None where it does not resume.
+        where: where it starts, for messages.
     """
 
     progress: Progress
@@ -57,10 +57,10 @@ class Start:
 
 @contextmanager
 def sole_training(config: Config) -> Iterator[None]:
-    """While entered, no other training writes the run's folder. Rank 0 sees to it, before the ranks join and wait for each other.
+    """While entered, no other training writes the run's folder. Rank 0 takes the lock, before the ranks join and wait for each other.
 
     Raises:
-        CheckpointError: another one is at work there, and does not stop in a moment.
+        CheckpointError: another training holds it, and does not stop within 20 seconds.
     """
     if rank():
         yield
@@ -89,10 +89,10 @@ def _take(lock: Lock, folder: Path) -> None:
 
 
 def open_folder(config: Config, rank: int) -> RunFolder:
-    """The run's folder, tidied by rank 0 before any other rank looks; emptied of checkpoints when ``checkpoint.resume`` is off.
+    """Open the run's folder. Rank 0 tidies it before any other rank looks; with ``checkpoint.resume=false`` it removes all checkpoints.
 
     Raises:
-        CheckpointError: on rank 0; its checkpoints are in no state to go on from, or to be removed.
+        CheckpointError: on rank 0; the checkpoints can be neither resumed from nor removed.
     """
     folder = RunFolder(config.run_dir)
     if rank == 0:
@@ -108,7 +108,7 @@ def open_folder(config: Config, rank: int) -> RunFolder:
 
 
 def identity(config: Config, fingerprint: str, rows: str) -> dict:
-    """What must stay the same for a training to go on: the lens' shape, and what the order of samples hangs on.
+    """What must stay the same for a training to resume: the lens' shape, and what the order of samples depends on.
 
     Args:
         fingerprint: of the subject.
@@ -163,7 +163,7 @@ def _progress(saved: dict, folder: Path) -> Progress:
     """Where a saved training stands.
 
     Raises:
-        CheckpointError: ``trainer.json`` does not tell all of it, or more than this version knows.
+        CheckpointError: ``trainer.json`` lacks a part of it, or holds a key that this version does not know.
     """
     complete = all(isinstance(saved.get(key), dict) for key in ("progress", "identity"))
     progress = saved["progress"] if complete else {}
@@ -175,15 +175,15 @@ def _progress(saved: dict, folder: Path) -> Progress:
 
 
 def _defaults() -> dict:
-    """What the keys of an :func:`identity` that an older version did not write were: their defaults."""
+    """The values of those keys of an :func:`identity` that an older version did not write."""
     return _settings_of(Config())
 
 
 def _check_together(folder: Path) -> None:
-    """Hold a checkpoint against its checksums, each rank a share of its files.
+    """Check a checkpoint's files against their checksums, each rank a share of them.
 
     Raises:
-        CheckpointError: a file is damaged; on all ranks.
+        CheckpointError: on all ranks; a file is damaged.
     """
     rank, size = rank_and_size()
     problems: list[str | None] = [None]
@@ -211,10 +211,10 @@ def _initialised(config: Config, fingerprint: str, loader: ActivationLoader) -> 
 
 
 def source_folder(config: Config) -> Path:
-    """The checkpoint that ``init_from`` names: a folder, or the configuration of the run whose best one it is.
+    """The checkpoint that ``init_from`` names: a checkpoint's folder, or a configuration, whose run's best checkpoint is meant.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: there is none.
     """
     if config.init_from is None:
         raise CheckpointError("init_from names no checkpoint; name one, as in init_from=outputs/<run>/best")

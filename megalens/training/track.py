@@ -1,4 +1,4 @@
-"""Where a training's figures go: W&B (offline unless asked otherwise), a plain ``metrics.jsonl`` beside it, and the console."""
+"""Where a training's figures go: W&B (offline by default), ``metrics.jsonl`` in the run's folder, and the console."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Curve:
 
     Args:
         path: the file.
-        lines: how many of its lines count; what a killed run wrote behind them is cut off.
+        lines: how many of its lines are kept; what a killed run wrote after its last save is cut off.
     """
 
     def __init__(self, path: Path, lines: int = 0):
@@ -59,7 +59,7 @@ class Curve:
 
 
 def read_curve(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's ``metrics.jsonl``; none where there is no such file. A line that a kill cut short is left out."""
+    """The lines of a run's ``metrics.jsonl``; an empty list where there is no file. A line that a kill cut short is left out."""
     if not Path(path).is_file():
         return []
     lines = []
@@ -74,11 +74,11 @@ def read_curve(path: str | Path) -> list[dict[str, float]]:
 
 
 class Console:
-    """Progress: a bar on a terminal, a line now and then elsewhere.
+    """Progress: a bar on a terminal; elsewhere a line every few seconds.
 
     Args:
-        name: what runs.
-        total, done: micro-steps.
+        name: shown before the figures.
+        total, done: micro-steps in all, and those behind us.
     """
 
     def __init__(self, name: str, total: int, done: int):
@@ -100,7 +100,7 @@ class Console:
         self._done = step
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -115,7 +115,7 @@ class Tracker:
 
     Args:
         config: the run's configuration; all of it is logged (it holds no secret).
-        run_id: the W&B run to go on with; None: a new one (or the one a sweep's agent names).
+        run_id: the W&B run to resume; None: a new one, or the one that a sweep's agent names.
 
     Attributes:
         run_id: the run's id, to be kept for a resume; None when disabled.
@@ -147,7 +147,7 @@ class Tracker:
                 self._run.log({"val/examples": wandb.Table([*columns], [[row[c] for c in columns] for row in examples]), "step": step})
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the run; a sweep's trial that its Slurm job takes down with it is handed out again by W&B."""
+        """Finish the run. When Slurm ended a sweep's trial with its job, ask W&B to hand the trial out again."""
         preempted = sweep_id() is not None and "SLURM_JOB_ID" in os.environ and exit_code == 128 + signal.SIGTERM
         with self._unless_lost():
             self._finish(exit_code, preempted)
@@ -163,7 +163,7 @@ class Tracker:
 
     @contextmanager
     def _unless_lost(self) -> Iterator[None]:
-        """The training goes on when W&B's service is gone, as when Slurm sends SIGTERM to every process of a job."""
+        """Let the training go on when W&B's service is gone: Slurm sends SIGTERM to every process of a job, to that one too."""
         if self._run is None:
             yield
             return
@@ -208,7 +208,7 @@ def _start(config: Config, run_id: str | None):
 
 @dataclass
 class Run:
-    """What a training writes to; all but the folder on rank 0 only."""
+    """What a training writes to. The folder is on every rank, the rest on rank 0 only."""
 
     folder: RunFolder
     curve: Curve | None = None
@@ -217,7 +217,7 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, folder: RunFolder, progress: Progress, clock: Clock) -> Run:
-        """For rank 0: go on where ``progress`` stands."""
+        """For rank 0: continue curve and W&B run from where ``progress`` stands."""
         curve = Curve(config.run_dir / "metrics.jsonl", progress.curve_lines)
         tracker = Tracker(config, progress.wandb_run)
         progress.wandb_run = tracker.run_id
@@ -236,24 +236,24 @@ class Run:
             self.tracker.examples(step, examples)
 
     def sync(self) -> int:
-        """Wait until the figures are on the disk; how many lines they are there."""
+        """Wait until the curve is on the disk; return the number of its lines."""
         if self.curve is None:
             return 0
         self.curve.sync()
         return self.curve.lines
 
     def show(self, step: int, **notes: float) -> None:
-        """Progress."""
+        """Show progress."""
         if self.console is not None:
             self.console.advance(step, **notes)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line for the person who watches."""
         if self.console is not None and text:
             self.console.say(text)
 
     def close(self, exit_code: int) -> None:
-        """Finish what is written."""
+        """Close console, W&B run and curve."""
         if self.console is not None:
             self.console.close()
         if self.tracker is not None:
@@ -263,5 +263,5 @@ class Run:
 
 
 def sweep_id() -> str | None:
-    """The W&B sweep that this process is a trial of."""
+    """The id of the W&B sweep that this process is a trial of; None where it is of none."""
     return os.environ.get("WANDB_SWEEP_ID") or None

@@ -1,7 +1,7 @@
-"""The training loop: validate, save, stop or step; each where it is due.
+"""The training loop: validate, save, stop or step, each when it is due.
 
-Everything that moves is a function of the micro-step (sample order, noise, schedules, learning rate), so a training that was killed goes on
-from its last checkpoint as if nothing had happened.
+Sample order, noise, schedules and learning rate are functions of the micro-step. So a training that was killed resumes from its last
+checkpoint and computes what it would have computed without the kill.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megalens.training.validate import Validator, examples_table
 from megalens.training.watchdog import Watchdog
 
 SKIPS_IN_A_ROW = 50
-GRACE_SECONDS = 30.0  # for a save that is being written when the training fails
+GRACE_SECONDS = 30.0  # for a save to be finished when the training fails
 
 
 class Trainer:
@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         config: its configuration.
-        engine: moves the weights.
+        engine: changes the weights.
         lens: the module inside the engine.
         loader: batches of this rank.
         validator: measures on held-out rows.
@@ -85,12 +85,12 @@ class Trainer:
         """Train to the end, or until a signal.
 
         Returns:
-            None at the end; the signal's number when one stopped it (the training can go on from its last checkpoint).
+            None at the end; the number of the signal that stopped it, after a save.
         """
         try:
             return self._fit()
         finally:
-            self._saving.settle(GRACE_SECONDS)  # of an error: what is being written may still become whole
+            self._saving.settle(GRACE_SECONDS)  # after an error: let a save that is being written be finished
 
     def _fit(self) -> int | None:
         batches = self.loader.batches(start_step=self.progress.step)
@@ -152,7 +152,7 @@ class Trainer:
             )
 
     def _log_if_due(self, step: int) -> None:
-        """``step`` is where the optimizer step just taken began."""
+        """``step`` is the micro-step at which the optimizer step just taken began."""
         p = self.progress
         if not (_crossed(self.intervals["log"], step, p.step) or p.step == self.clock.last_step) or not p.window_size:
             return
@@ -171,14 +171,14 @@ class Trainer:
         self.run.log(p.step, figures)
 
     def _traffic(self, updates: int) -> dict[str, float]:
-        """Collectives and their megabytes per optimizer step, since they were last logged, where the engine counts them."""
+        """Collectives and their megabytes, per optimizer step since the last log; empty where the engine counts none."""
         calls, size = self.engine.traffic.take()
         return {"perf/collectives": calls / updates, "perf/collective_mb": size / updates / 2**20} if calls else {}
 
     # ------------------------------------------------------------------------------------------- validating and saving
 
     def _validate_if_due(self, at_end: bool) -> bool:
-        """Validate at the start, after each interval and at the end. True when this is one of the best."""
+        """Validate at the start, after each interval and at the end. Return whether the model is now among the best."""
         p = self.progress
         due = p.validated < 0 or at_end or _crossed(self.intervals["validate"], p.validated, p.step)
         if not due or p.validated == p.step:
@@ -193,7 +193,7 @@ class Trainer:
         return self._rank(figures)
 
     def _rank(self, figures: dict[str, float]) -> bool:
-        """Is the model as it stands among the best? It then has a place in the list, under the name its checkpoint will get."""
+        """Return whether the model is among the best; if so, enter it in ``best`` under the name its checkpoint will get."""
         options, p = self.config.checkpoint, self.progress
         if options.best_metric not in figures:
             raise TrainingError(f"checkpoint.best_metric={options.best_metric} is not measured; there are: {', '.join(sorted(figures))}")
@@ -208,9 +208,9 @@ class Trainer:
         return improved
 
     def _save_if_due(self, now: bool) -> None:
-        """Save after each interval, and when ``now``; never the same state twice.
+        """Save after each interval, and when ``now`` says so; never the same state twice.
 
-        The state is copied, and written while the training goes on.
+        The state is copied here; it is written while the training goes on.
         """
         p = self.progress
         keep = _crossed(self.intervals["keep"], p.kept[-1][0] if p.kept else 0, p.step)
@@ -239,7 +239,7 @@ class Trainer:
         self._saving.start(partial(self._write, name, weights, optimizer, dataclasses.asdict(p)))
 
     def _write(self, name: str, weights: Part, optimizer: Part, progress: dict) -> None:
-        """Write this rank's part of a checkpoint; rank 0 gives it its name when all parts are there."""
+        """Write this rank's part of a checkpoint. Rank 0 gives the checkpoint its name when all parts are there."""
         run, folder = self.run.folder, self.run.folder.unfinished(name)
         if not self.engine.is_main:
             paths = [*weights.write(folder, "lens"), *optimizer.write(folder / "engine", "optimizer")]
@@ -260,5 +260,5 @@ class Trainer:
 
 
 def _crossed(interval: int, before: int, now: int) -> bool:
-    """Does a multiple of ``interval`` lie in ``(before, now]``?"""
+    """Whether a multiple of ``interval`` lies in ``(before, now]``."""
     return now // max(1, interval) > before // max(1, interval)

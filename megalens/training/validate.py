@@ -1,6 +1,6 @@
-"""Measuring a lens on held-out rows while it trains: loss terms, the figures of :mod:`megalens.evaluate.metrics`, sample explanations.
+"""Measure a lens on held-out rows while it trains: loss terms, the figures of :mod:`megalens.evaluate.metrics`, sample explanations.
 
-The figures are those of tools/eval.py: greedy explanations, read from their string, scored by the same code.
+The figures are those of ``megalens eval``: greedy explanations, read back from their string, scored by the same code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TAIL_TOKENS = 16  # of the context, shown beside a sample explanation
 
 
 class Validator:
-    """The same held-out rows every time, shared by the ranks; every rank calls the lens equally often, on equally many rows.
+    """Measures the same held-out rows every time. The ranks share them; each calls the lens equally often, on equally many rows.
 
     Args:
         engine: for its rank and collectives.
@@ -32,8 +32,8 @@ class Validator:
         loader: of the held-out dump.
         statistics: of the TRAINING activations.
 
-    The rows are the first ``validation.num_samples`` of the dump (shuffled when it was made), rounded down to what the ranks can share in
-    pairs.
+    The rows are the first ``validation.num_samples`` of the dump, which was shuffled when it was made. Their number is rounded down so that
+    each rank gets the same number of pairs.
     """
 
     def __init__(self, engine: Engine, lens: ConsistencyLens, loader: ActivationLoader, statistics: ActivationStatistics):
@@ -49,7 +49,7 @@ class Validator:
         """Measure.
 
         Args:
-            at: the lens' step, for the scheduled loss weights and the noise.
+            at: the step, which gives the scheduled loss weights and the noise.
 
         Returns:
             the figures, ``val/...``, the same on all ranks (``val/loss_kl`` is the loss term, ``val/kl`` the figure), and sample
@@ -87,7 +87,7 @@ class Validator:
 
 
 def examples_table(examples: list[dict[str, Any]]) -> str:
-    """Sample explanations as lines for the console."""
+    """Sample explanations as text, a line each."""
     lines = []
     for row in examples:
         context, explanation = (" ".join(row[key].split()) for key in ("context", "explanation"))

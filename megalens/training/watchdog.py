@@ -1,4 +1,4 @@
-"""A training that stands still is ended, and says where each rank stands."""
+"""End a training that hangs, and say where each rank is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from megalens.engine.base import rank_and_size
 
 
 class Watchdog:
-    """While entered: ends the process when :meth:`at` has not been called for ``seconds``.
+    """While entered, ends the process when :meth:`at` has not been called for ``seconds``.
 
-    Rank 0 first tells, in one line, where all ranks stand.
-    A rank that cannot even say that (stopped, out of power, its thread starved) is named as silent. The launcher ends the other ranks
-    when the first is gone; if it does not, each ends itself a little later.
+    Rank 0 first prints, in one line, where every rank is. A rank that does not answer (stopped, or its machine is gone) is called silent. When
+    one rank has ended, the launcher ends the others; if it does not, each ends itself a little later.
 
     Args:
         seconds: 0: never.
@@ -40,12 +39,12 @@ class Watchdog:
         self._over.set()
 
     def at(self, place: str) -> None:
-        """The training gets on: it is here now."""
+        """Note that the training moves, and where it is now."""
         self._place, self._since = place, time.monotonic()
 
     def _watch(self) -> None:
         patience = self.seconds * (1.0 if self.rank == 0 else 1.25)
-        told = None  # once only: rank 0 may be gone afterwards, and the store with it
+        told = None  # only once: rank 0 may then be gone, and the store with it
         while not self._over.wait(min(1.0, self.seconds / 10)):
             still = time.monotonic() - self._since
             if still > 0.8 * self.seconds and self._store is not None and told != self._since:
@@ -73,7 +72,7 @@ class Watchdog:
 
 
 def _line(frame: FrameType | None) -> str:
-    """The innermost line of ours that a thread is in, and the innermost of all."""
+    """Where a thread is: the innermost line of megalens, and in brackets the innermost function of all."""
     if frame is None:
         return "ended"
     names, ours = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_code.co_name}", ""
