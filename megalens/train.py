@@ -13,8 +13,8 @@ The run lies in outputs/<run_name>/: checkpoints, the links last and best, metri
 last checkpoint; checkpoint.resume=false starts anew and removes the run's earlier checkpoints. Under `wandb agent` the run is called
 <run_name>-<the trial's W&B id>, so that trials keep apart and one that was preempted goes on.
 
-Exit codes: 0 finished; 1 an error, told in one line; 143, 138 or 130 stopped by SIGTERM, SIGUSR1 (ahead of a time limit) or Ctrl-C
-behind a saved checkpoint (a second Ctrl-C stops at once, without saving).
+Exit codes: 0 finished; 1 an error, told in one line; 143, 138, 130 or 129 stopped by SIGTERM, SIGUSR1 (ahead of a time limit), Ctrl-C or
+SIGHUP (the terminal is gone) behind a saved checkpoint (a second Ctrl-C stops at once, without saving).
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def main(arguments: list[str]) -> int:
     from megalens.sweep.trial import as_trial
     from megalens.training.failure import told_once
     from megalens.training.ready import check_ready
+    from megalens.training.signals import stop_with_deepspeed
     from megalens.training.start import sole_training
 
+    stop_with_deepspeed()
     with told_once():
         config = as_trial(load_config(with_experiment(arguments)))
         device = check_ready(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,7 @@ class ActivationLoader(IterableDataset):
 
     def _chunks_by_workers(self) -> Generator[Chunk, None, None]:
         options: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), "prefetch_factor": _AHEAD, "generator": torch.Generator()}
+        options["worker_init_fn"] = _leave_signals
         for chunk in DataLoader(_Chunks(self), batch_size=None, num_workers=self.workers, **options):
             if isinstance(chunk, str):
                 raise DataError(chunk)
@@ -244,6 +246,12 @@ class ActivationLoader(IterableDataset):
                 if reader.meta[key] != first[key]:
                     raise DataError(f"{reader.folder} cannot be mixed with {self.reader.folder}: {key} {reader.meta[key]}, {first[key]}")
             reader.check_matches({key: first.get(key) for key in ("subject", "tokenizer")})
+
+
+def _leave_signals(_worker: int) -> None:
+    """A stop signal for all of a training's processes is the training's matter: it still needs its workers for the step it is in."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Chunks(IterableDataset):

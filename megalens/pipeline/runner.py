@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalens.files import Lock
-from megalens.training.signals import end_with_parent
+from megalens.training.signals import end_with_parent, leave_dead_terminal, stop, stopping
 
 
 class Runner:
@@ -21,7 +21,7 @@ class Runner:
     def __init__(self) -> None:
         self.stage: subprocess.Popen | None = None
         self.stopped_by: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stopping():
             signal.signal(number, self._stop)
 
     @contextmanager
@@ -69,9 +69,10 @@ class Runner:
             sys.exit(128 + self.stopped_by)
 
     def _stop(self, number: int, _frame) -> None:
+        leave_dead_terminal()
         self.stopped_by = number
         if self.stage is not None:
-            self.stage.send_signal(number)
+            stop(self.stage, number)
 
 
 def say(line: str) -> None:

@@ -31,7 +31,7 @@ from megalens.sweep.search import Claim, Search
 from megalens.sweep.trial import OFFLINE, outside_the_sweep
 from megalens.training.progress import clock_of
 from megalens.training.ready import check_ready
-from megalens.training.signals import end_with_parent
+from megalens.training.signals import end_with_parent, leave_dead_terminal, stop, stopping
 from megalens.training.track import read_curve
 
 _GLANCE = 2.0  # seconds between looks at what a new trial logs
@@ -96,7 +96,7 @@ class Workers:
         Raises:
             SweepError: trial after trial fails.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._on_signal) for number in stopping()}
         with ThreadPoolExecutor(self.jobs) as pool:
             works = [pool.submit(self._work, slot) for slot in range(self.jobs)]
             while waiting := wait(works, timeout=0.2, return_when=FIRST_EXCEPTION).not_done:
@@ -109,13 +109,14 @@ class Workers:
         return 128 + self.stopped_by if self.stopped_by else 0
 
     def _on_signal(self, number: int, _frame) -> None:
+        leave_dead_terminal()
         self.stopped_by = number
         self._end_all()
 
     def _end_all(self) -> None:
         self._stop.set()
         for process in list(self._running):
-            process.send_signal(signal.SIGTERM)
+            stop(process, signal.SIGTERM)
 
     def _work(self, slot: int) -> None:
         try:
@@ -230,7 +231,7 @@ class Workers:
                 try:
                     measured = self._check_measured(claim)
                 except SweepError:
-                    process.terminate()
+                    stop(process, signal.SIGTERM)
                     process.wait()
                     raise
 

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: Slurm's warning before the time limit
 _IMPATIENCE = 1.0  # seconds; a process gets one Ctrl-C from the terminal and the same one again from its launcher
+_TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+_LAUNCHER = "deepspeed.launcher.launch"
+
+
+def stopping() -> list[int]:
+    """The signals that ask for a stop: SIGINT, SIGTERM and, unless ``nohup`` has it ignored, SIGHUP: the terminal is gone."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def leave_dead_terminal() -> None:
+    """Let what is printed to a terminal that has hung up go nowhere, instead of failing who prints it."""
+    for number in _TERMINALS:
+        if not os.isatty(number):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and SIGINT set :attr:`received`. A second SIGINT more than a second later stops at once.
+    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`. A second SIGINT more than a second later stops at once.
 
     Attributes:
         received: the signal's number, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.received: int | None = None
         self._since = 0.0
         self._before: dict = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._receive) for number in _WATCHED}
+        watched = [*stopping(), signal.SIGUSR1]  # USR1: Slurm's warning ahead of the time limit
+        self._before = {number: signal.signal(number, self._receive) for number in watched}
         return self
 
     def __exit__(self, *_) -> None:
@@ -32,6 +52,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
+        leave_dead_terminal()
         if self.received is None:
             self.received, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > _IMPATIENCE:
@@ -45,3 +66,52 @@ def end_with_parent() -> None:
     """For ``preexec_fn``: on Linux, send a child SIGTERM when its parent dies, so that it is gone when the parent is started again."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def stop(process: subprocess.Popen, number: int) -> None:
+    """Send a command that was started here a stop signal; it ends behind all of its own processes.
+
+    The ``deepspeed`` command would die of it at once, and leave its ranks at work: they get it in its place, and it ends behind them.
+    """
+    arguments = process.args if isinstance(process.args, Sequence) and not isinstance(process.args, str) else []
+    ranks = _ranks_of(process.pid) if _is_deepspeed([str(argument) for argument in arguments]) else []
+    if not ranks:
+        process.send_signal(number)
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+def stop_with_deepspeed() -> None:
+    """For a rank: be told to stop when the ``deepspeed`` command that started its launcher, or the launcher itself, is gone.
+
+    The command dies of a signal at once, and its launcher goes on; what is started on several machines ends otherwise.
+    """
+    if "CROSS_SIZE" not in os.environ:  # which DeepSpeed's launcher sets
+        return
+    import psutil  # comes with DeepSpeed
+
+    launcher = psutil.Process().parent()
+    command = launcher.parent() if launcher is not None and _LAUNCHER in launcher.cmdline() else None
+    if command is not None and _is_deepspeed(command.cmdline()):
+        threading.Thread(target=_watch, args=(launcher, command.pid), name="deepspeed", daemon=True).start()
+
+
+def _watch(launcher, command: int) -> None:
+    while os.getppid() == launcher.pid and launcher.ppid() == command:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_deepspeed(arguments: Sequence[str]) -> bool:
+    return any(Path(argument).name == "deepspeed" or argument == "deepspeed.launcher.runner" for argument in arguments[:3])
+
+
+def _ranks_of(command: int) -> list:
+    """The ranks that a ``deepspeed`` command has started on this machine."""
+    import psutil
+
+    try:
+        launchers = [child for child in psutil.Process(command).children() if _LAUNCHER in child.cmdline()]
+        return [rank for launcher in launchers for rank in launcher.children()]
+    except psutil.NoSuchProcess:  # it is ending
+        return []

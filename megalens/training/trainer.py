@@ -104,6 +104,7 @@ class Trainer:
                 self._save_if_due(bool(stop) or at_end or improved)
                 if stop or at_end:
                     self._saving.wait()
+                    self.engine.barrier()  # a launcher ends the others when the first is gone, and they may still be writing
                     break
                 self._saving.check()
                 self._step(list(islice(batches, self.clock.steps_per_update)))
