@@ -19,10 +19,11 @@ from torch import Tensor
 from megalens.checkpoint.formats import load_lens
 from megalens.data.pretokenize import encode
 from megalens.evaluate import EvaluationError
-from megalens.evaluate.text import to_ids
+from megalens.evaluate.text import check_text, to_ids
 from megalens.evaluate.tokens import TokenExplanation, explain_ids
 from megalens.explain.search import search_named
 from megalens.lens.lens import ConsistencyLens
+from megalens.lens.prompts import window_of
 from megalens.statistics import ActivationStatistics
 
 __all__ = ["Lens", "TokenExplanation"]
@@ -71,10 +72,9 @@ class Lens:
             ``token``, ``explanation``, ``fve`` and ``search`` of each token (:class:`~megalens.evaluate.tokens.TokenExplanation`).
 
         Raises:
-            EvaluationError: the text is empty or too long, or there is no such search.
+            EvaluationError: the text is empty, no UTF-8 or too long, or there is no such search.
         """
-        if not text:
-            raise EvaluationError("the text is empty; give at least one character to explain")
+        check_text(text)
         ids = encode(self.module.tokenizer, [text])[0]
         self._check_window(len(ids), "the text")
         return explain_ids(self.module, ids, self.statistics, search_named(search), batch_size)
@@ -84,16 +84,15 @@ class Lens:
         """The activation ``[d]`` (float32) that the reconstructor rebuilds from a text, read as an explanation.
 
         Raises:
-            EvaluationError: the text is empty or too long.
+            EvaluationError: the text is empty, no UTF-8 or too long.
         """
-        if not text:
-            raise EvaluationError("the text is empty; give at least one character to rebuild an activation from")
+        check_text(text)
         ids = to_ids(self.module.tokenizer, [text])[0]
-        self._check_window(len(ids) + self.module.reconstructor.length, "the text with the reconstructor's prompt")
+        self._check_window(self.module.reconstructor.length_with(len(ids)), "the text with the reconstructor's prompts")
         return self.module.reconstruct(torch.tensor([ids]), torch.tensor([len(ids)]))[0]
 
     def _check_window(self, length: int, what: str) -> None:
-        window = self.module.subject.lm.config.max_position_embeddings
-        if length > window:
+        window = window_of(self.module.subject.lm.config)
+        if window is not None and length > window:
             name = self.module.config.model_name
             raise EvaluationError(f"{what} has {length} tokens, more than the window of {name} ({window}); shorten it")

@@ -368,6 +368,18 @@ def test_a_missing_text_layer_or_model_is_one_line(make_config, tmp_path):
         dump(make_config(model_name=str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # rotary and learned positions
+def test_what_the_subject_cannot_read_is_refused_before_it_is_loaded(make_config, place, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("megalens.data.dump.load_subject", lambda *_, **__: pytest.fail("the subject was loaded"))
+    few, whole = str(make_model(tmp_path / "few", kind=kind, vocab_size=300)), str(make_model(tmp_path / "whole", kind=kind))
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*few gives ids up to 511, and .*few has 300 embeddings; fetch"):
+        dump(make_config(model_name=few))
+    with pytest.raises(ConfigError, match=r"gives ids up to 511, and .*few has 300 embeddings; set tokenizer_name"):
+        dump(make_config(model_name=few, tokenizer_name=whole))
+    with pytest.raises(ConfigError, match=r"activation_dumper.seq_len=257 is more than the window of .*whole, 256 positions"):
+        dump(make_config(model_name=whole, tokenizer_name=str(place / "llama"), seq_len=257))
+
+
 def test_too_small_a_disk_is_refused_before_anything_is_written(make_config, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(DataError, match=r"needs about [\d.]+ kB and 100 bytes are free"):

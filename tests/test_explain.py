@@ -84,6 +84,9 @@ def test_a_page_is_written_beside_the_table(checkpoint, monkeypatch, tmp_path, c
         (["checkpoint=BEST", "--jsn", "text"], "unknown option --jsn"),
         (["checkpoint=BEST", "devise=cpu", "text"], "unknown key 'devise' in the command line; did you mean 'device'?"),
         (["checkpoint=BEST", "text", "--html"], "--html: expected one argument"),
+        (["checkpoint=BEST", "text", "--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder nowhere; make it"),
+        (["checkpoint=BEST", "text", "--html=."], "--html . is a folder; name a file in it, e.g. --html page.html"),
+        (["checkpoint=BEST", "caf\udce9"], "holds bytes that are no UTF-8; convert it first, e.g. iconv -f latin1 -t utf-8"),
         (["checkpoint=BEST", "word " * 300], "more than the window"),
         (["checkpoint=BEST", "dtype=fp8", "text"], "dtype=fp8 must be one of"),
         (["checkpoint=BEST", "search=beam:8", "text"], "'beam:8' is no search; write greedy, or best_of:K"),
@@ -94,6 +97,20 @@ def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, argu
     *_, line = capsys.readouterr().err.splitlines()  # loading the model may have shown a bar before
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_bad_place_for_the_page_or_a_bad_text_is_refused_before_the_model_is_loaded(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("megalens.Lens.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    for arguments in (["text", "--html", "nowhere/page.html"], ["caf\udce9"], ["-"]):
+        assert run(monkeypatch, f"checkpoint={checkpoint}", *arguments) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["--what is this", "device=cpu", "--json"])
+def test_what_follows_two_dashes_is_text(checkpoint, monkeypatch, capsys, text):
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "--json", "--", text) == 0
+    assert "".join(token["token"] for token in json.loads(capsys.readouterr().out)).endswith(text)
 
 
 @pytest.mark.parametrize("tool", ["explain.py", "eval.py"])

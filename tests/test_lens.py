@@ -10,6 +10,7 @@ from megalens.config import Config, ConfigError, Lora, Reconstructor, Verbalizer
 from megalens.families.loading import load_tokenizer
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.names import stable_names
+from megalens.lens.prompts import prompts_of
 from megalens.lens.subject import load_subject, shared_contexts
 from megalens.lens.text import read_order, tail_ids
 from megalens.objective import Objective, Step, build_lens
@@ -318,6 +319,37 @@ def test_entering_above_the_last_block_is_refused(folders):
     config = Config(model_name=folders["llama"], layer_l=3, dtype="fp32", device="cpu")
     with pytest.raises(ConfigError, match="verbalizer.inject=embedding"):
         build_lens(config, torch.zeros(64), torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # rotary and learned positions
+def test_what_the_subject_cannot_read_is_refused_before_it_is_loaded(folders, monkeypatch, kind):
+    monkeypatch.setattr("megalens.objective.load_subject", lambda *_, **__: pytest.fail("the subject was loaded"))
+    config = Config(model_name=folders[kind], layer_l=1, t_text=300)
+    with pytest.raises(ConfigError, match=r"t_text=300 with the longest prompt before it \(.* tokens\) is more than the window of .* 256"):
+        build_lens(config, torch.zeros(64), torch.ones(64))
+    config.t_text, config.activation_dumper.seq_len = 8, 257
+    with pytest.raises(ConfigError, match=r"activation_dumper.seq_len=257 is more than the window"):
+        build_lens(config, torch.zeros(64), torch.ones(64))
+
+
+def test_the_longest_text_that_fits_is_said_and_read_and_a_longer_one_refused(folders):
+    lens = make_lens(folders["gpt2"])
+    longest = 256 - lens.reconstructor.length
+    lens.reconstruct(torch.zeros(1, longest, dtype=torch.long), torch.tensor([longest]))
+    with pytest.raises(ConfigError, match=f"a text of {longest + 1} tokens does not fit the window"):
+        lens.reconstruct(torch.zeros(1, longest + 1, dtype=torch.long), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("key", ["reconstructor.prompt", "verbalizer.plain_prompt"])
+def test_an_empty_prompt_needs_an_end_of_text_token(folders, key):
+    tokenizer, config = load_tokenizer(Config(model_name=folders["llama"])), Config()
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, "")
+    end = tokenizer.eos_token_id
+    assert [end] in prompts_of(config, tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=f"{key} is empty, and the tokenizer has no end-of-text token"):
+        prompts_of(config, tokenizer)
 
 
 def test_layer_out_of_range_names_the_range(folders):

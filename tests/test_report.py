@@ -145,6 +145,18 @@ def test_another_search_is_named_beside_its_figures(checkpoint, monkeypatch, cap
     assert fve["best_of:4"] > fve["greedy"]
 
 
+def test_without_intervals_and_examples_neither_is_promised(checkpoint, monkeypatch, capsys):
+    settings = ("evaluation.num_samples=6", "evaluation.bootstrap=0", "evaluation.examples=0", "evaluation.report_documents=0")
+    assert run(monkeypatch, f"checkpoint={checkpoint}", *settings) == 0
+    printed, result = capsys.readouterr().out, Result(**json.loads((checkpoint.parent / "evaluation.json").read_text()))
+    assert (result.examples, result.documents) == ([], [])
+    assert not any(name.endswith("_low") for name in result.figures["lens"])
+    page = (checkpoint.parent / "report.html").read_text()
+    for text in (printed, page):
+        assert "95 % interval" not in text
+        assert "context ends with" not in text
+
+
 def test_results_lie_in_the_run_of_the_checkpoint(checkpoint):
     run_dir = checkpoint.parent
     assert tool.run_folder(checkpoint) == run_dir

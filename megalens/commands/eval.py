@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
     result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))
-    print(f"\n{table(result)}\n\n{examples(result)}\n\nwritten: {run / 'evaluation.json'} and {run / 'report.html'}")
+    written = f"written: {run / 'evaluation.json'} and {run / 'report.html'}"
+    print("\n" + "\n\n".join(filter(None, [table(result), examples(result), written])))
 
 
 def run_folder(checkpoint: Path) -> Path:

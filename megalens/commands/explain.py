@@ -17,6 +17,7 @@ A * marks positions outside those the lens was trained on (the first ones are at
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,9 @@ from pathlib import Path
 from megalens import Lens
 from megalens.arguments import Arguments
 from megalens.config import ConfigError
-from megalens.evaluate import report
+from megalens.evaluate import EvaluationError, report
 from megalens.evaluate.table import align
+from megalens.evaluate.text import NO_TEXT, check_text
 from megalens.explain.search import search_named
 from megalens.page.text import visible
 
@@ -46,8 +48,12 @@ def main(arguments: list[str]) -> None:
     (text,) = args.texts
     name = search_named(args.search).name
     changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
+    if args.html is not None:
+        check_page(args.html)
+    text = standard_input() if text == "-" else text
+    check_text(text)
     lens = Lens.from_pretrained(args.checkpoint, **changes)
-    tokens = lens.explain(sys.stdin.read().removesuffix("\n") if text == "-" else text, search=args.search)
+    tokens = lens.explain(text, search=args.search)
     dumper = lens.module.config.activation_dumper
     trained = range(dumper.min_pos, dumper.seq_len)
     if args.html is not None:
@@ -55,6 +61,24 @@ def main(arguments: list[str]) -> None:
             args.html, tokens, f"layer {lens.module.config.layer_l} of {lens.module.config.model_label}, {name}", trained
         )
     print(json.dumps([asdict(token) for token in tokens], indent=1) if args.json else as_table(tokens, trained, name))
+
+
+def check_page(path: Path) -> None:
+    """Refuse a place where no page can be written, before the work is done."""
+    if path.is_dir():
+        raise ConfigError(f"--html {path} is a folder; name a file in it, e.g. --html {path / 'page.html'}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--html {path}: there is no folder {path.parent}; make it, or name another place")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--html {path}: nothing may be written in {path.parent}; name another place")
+
+
+def standard_input() -> str:
+    """The text that comes on the standard input, without its last line break."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise EvaluationError(NO_TEXT) from None
 
 
 def as_table(tokens: list, trained: range, search: str) -> str:

@@ -22,7 +22,6 @@ POSITIVE = (
     "activation_dumper.rows_per_shard",
     "activation_dumper.rows_per_batch",
     "evaluation.batch_size",
-    "evaluation.bootstrap",
     "validation.num_samples",
     "checkpoint.track_best_n",
     "fsdp.tensor_ranks",
@@ -40,6 +39,7 @@ NOT_NEGATIVE = (
     "validation.num_examples",
     "fsdp.gather_gb",
     "stall_seconds",
+    "evaluation.bootstrap",
     "evaluation.examples",
     "evaluation.report_documents",
 )

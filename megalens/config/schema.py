@@ -256,7 +256,7 @@ class Evaluation:
 
     num_samples: int = setting(-1, "held-out rows; -1: all")
     batch_size: int = setting(64, "rows at a time")
-    bootstrap: int = setting(1000, "resamples of documents for the 95 % intervals")
+    bootstrap: int = setting(1000, "resamples of documents for the 95 % intervals; 0: no intervals")
     search: str = setting("greedy", "how explanations are chosen: greedy | best_of:K, of K the one that is rebuilt best")
     examples: int = setting(12, "held-out examples printed")
     report_documents: int = setting(8, "documents coloured token by token in report.html")

@@ -32,9 +32,10 @@ from megalens.data.pretokenize import load_tokens, vocab_size
 from megalens.data.sampling import RowOrder, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
 from megalens.device import resolve_dtype
-from megalens.families.loading import check_model
+from megalens.families.loading import check_model, load_tokenizer
 from megalens.files import Folder
 from megalens.launcher import rank
+from megalens.lens.prompts import check_context, check_tokenizer
 from megalens.lens.subject import Subject, load_subject
 
 SPLITS = ("train", "val")
@@ -48,6 +49,7 @@ def dump(config: Config) -> None:
 
     Raises:
         DataError: no pretokenized text, fewer rows than asked for, a finished dump of other settings is in the way, a full disk.
+        ConfigError: the subject cannot read contexts so long, or has no embedding for an id of the tokenizer.
     """
     encoding_of(config.activation_dumper.encoding)  # refused before anything is loaded
     called = time.time()
@@ -57,11 +59,13 @@ def dump(config: Config) -> None:
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
-    check_model(config)
+    settings = check_model(config)
+    check_tokenizer(config, settings, load_tokenizer(config))
     orders, tokens = {}, {}
     for split in todo:
         tokens[split] = load_tokens(config, split)
         orders[split] = row_order(config, split, tokens[split])
+    check_context(config, settings)
     subject = load_subject(layers[-1], upto_block=layers[-1].layer_l)
     writers = {split: [_writer(layer, split, orders[split], subject) for layer in left] for split, left in todo.items()}
     _check_space(list(chain(*writers.values())))

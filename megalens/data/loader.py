@@ -218,6 +218,8 @@ class ActivationLoader(IterableDataset):
     def rows(self, indices: Tensor | np.ndarray | Sequence[int]) -> Batch:
         """Exactly these rows of the first dump (``sample_id``), in this order; for evaluation."""
         row_N = np.asarray(indices, dtype=np.int64)
+        if not len(row_N):
+            return cast(Batch, _finish(_take(self.reader.read_batch(0), row_N)))
         first_row = np.concatenate([[0], np.cumsum(self.reader.batch_rows)])
         owner = np.searchsorted(first_row, row_N, side="right") - 1
         parts, places = [], []

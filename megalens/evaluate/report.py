@@ -38,6 +38,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
     """The report as a string."""
     s = result.setting
     trained = range(s["min_pos"], s["seq_len"])
+    intervals_too = ", with 95 % intervals over documents" if s["bootstrap"] else ""
     parts = [
         f"<h1>{escape(title)}</h1>",
         '<p class="soft">A lens reads an activation out of a language model, says in a few words what is in it, and proves the words by '
@@ -45,7 +46,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         _setting(s),
         "<h2>How much of the activation the words hold</h2>",
         f'<div class="card">{_forest(result)}</div>',
-        '<p class="soft"><code>fve_nrm</code>, with 95 % intervals over documents. Above the lens: gold and copies; below it: floors. '
+        f'<p class="soft"><code>fve_nrm</code>{intervals_too}. Above the lens: gold and copies; below it: floors. '
         f"A copy is the context&rsquo;s own last {s['t_text']} tokens in the explanation&rsquo;s place: it needs no lens, and a lens earns "
         "its name when it beats it.</p>",
         "<h2>Every figure</h2>",
@@ -120,7 +121,7 @@ def _forest(result: Result) -> str:
         value = figures["fve_nrm"]
         ends = (figures.get("fve_nrm_low", value), figures.get("fve_nrm_high", value))
         rows.append(Interval(SOURCES[source].label, value, *ends, ours=source == "lens"))
-    return intervals("fve_nrm with 95 % intervals", rows)
+    return intervals("fve_nrm" + (" with 95 % intervals" if result.setting["bootstrap"] else ""), rows)
 
 
 def _table(result: Result, names: tuple[str, ...]) -> str:

@@ -55,15 +55,18 @@ def align(rows: list[list[str]], sides: str = "<>", gap: str = "  ") -> str:
 def describe(result: Result) -> str:
     """In one sentence, what the figures are of."""
     s = result.setting
+    brackets = f"; brackets: 95 % interval over documents ({s['bootstrap']} resamples)" if s["bootstrap"] else ""
     return (
         f"{s['rows']} held-out activations of {s['documents']} documents ({s['dataset']}), {s['model']}, layer {s['layer_l']}, "
         f"explanations ({s['search']}) and copies of {s['t_text']} tokens; measured against the statistics of the training "
-        f"activations ({s['statistics']}); brackets: 95 % interval over documents ({s['bootstrap']} resamples)."
+        f"activations ({s['statistics']}){brackets}."
     )
 
 
 def examples(result: Result, tail: int = 60) -> str:
-    """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen."""
+    """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen. Empty where there are none."""
+    if not result.examples:
+        return ""
     rows = [["context ends with", "→", "explanation", "   FVE"]]
     for example in result.examples:
         context, said = visible(example["context"]), visible(example["explanation"]).strip()

@@ -6,6 +6,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megalens.evaluate import EvaluationError
+
+NO_TEXT = "the text holds bytes that are no UTF-8; convert it first, e.g. iconv -f latin1 -t utf-8"
+
+
+def check_text(text: str) -> None:
+    """Refuse a string that no tokenizer takes.
+
+    Raises:
+        EvaluationError: it is empty, or holds lone surrogates, which is what Python makes of bytes that are no UTF-8.
+    """
+    if not text:
+        raise EvaluationError("the text is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise EvaluationError(NO_TEXT)
+
 
 def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor) -> list[str]:
     """The string of each row of tokens, special tokens left out."""

@@ -13,6 +13,7 @@ from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.adapters import adapter_start
 from megalens.lens.names import GROUPS, group_of, module_names, stable_name
+from megalens.lens.prompts import prompts_of, window_of
 from megalens.lens.reconstructor import Reconstructor
 from megalens.lens.subject import Read, Subject, shared_contexts
 from megalens.lens.text import Rollouts, Text, tail_ids
@@ -58,7 +59,7 @@ class ConsistencyLens(nn.Module):
         with torch.device(subject.device):
             self.verbalizer = Verbalizer(config, subject.lm, tokenizer, mean_D, var_D)
             self.reconstructor = Reconstructor(config, subject.lm, tokenizer, mean_D, var_D)
-        plain = tokenizer(config.verbalizer.plain_prompt)["input_ids"] or [tokenizer.eos_token_id]
+        plain = prompts_of(config, tokenizer).plain
         self.register_buffer("plain_ids", torch.tensor([plain], device=subject.device), persistent=False)
         if config.compile:
             subject.lm.compile_blocks()
@@ -111,7 +112,13 @@ class ConsistencyLens(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Activations ``[B, D]`` (float32) rebuilt from right-padded token ids; a length may be 0."""
+        """Activations ``[B, D]`` (float32) rebuilt from right-padded token ids; a length may be 0.
+
+        Raises:
+            ConfigError: with the reconstructor's prompts, they are longer than the subject's window.
+        """
+        if (length := self.reconstructor.length_with(ids_BT.shape[1])) > (window_of(self.subject.lm.config) or length):
+            raise ConfigError(f"a text of {ids_BT.shape[1]} tokens does not fit the window of {self.config.model_name}; shorten it")
         device = self.mean.device
         return self.reconstructor(self.subject.lm.embed(ids_BT.to(device)), lengths_B.to(device))
 

@@ -10,6 +10,7 @@ from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
+from megalens.lens.prompts import prompts_of
 from megalens.lens.text import read_order
 from megalens.lens.verbalizer import OwnBlocks, PromptEmbedding, StandardisedLinear
 
@@ -31,12 +32,12 @@ class Reconstructor(nn.Module):
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, mode, self.last = config.reconstructor, config.mode_of("reconstructor"), config.layer_l + 1
         self.first_is_last = config.tail_order == "last_first"
-        prompt_ids = tokenizer(options.prompt)["input_ids"] or [tokenizer.eos_token_id]
-        suffix_ids = tokenizer(options.suffix, add_special_tokens=False)["input_ids"]
+        prompts = prompts_of(config, tokenizer)
         device = lm.vocabulary.in_weight.device
-        self.length = len(prompt_ids)
-        self.prompt = PromptEmbedding(lm.embed(torch.tensor(prompt_ids, device=device)))
-        self.suffix = PromptEmbedding(lm.embed(torch.tensor(suffix_ids, device=device, dtype=torch.long))) if suffix_ids else None
+        self.length = len(prompts.before)
+        self.prompt = PromptEmbedding(lm.embed(torch.tensor(prompts.before, device=device)))
+        suffix = torch.tensor(prompts.suffix, device=device, dtype=torch.long)
+        self.suffix = PromptEmbedding(lm.embed(suffix)) if prompts.suffix else None
         for part in filter(None, (self.prompt, self.suffix)):
             part.requires_grad_(options.trainable_prompt)
         std_D = var_D.clamp_min(1e-12).sqrt()
@@ -63,6 +64,10 @@ class Reconstructor(nn.Module):
         with adapter(self.lm, self.adapter):
             hidden_BD = self._read(embeds_BTD, last_B)
         return self.head(hidden_BD)
+
+    def length_with(self, tokens: int) -> int:
+        """Positions that a text of so many tokens takes, with the prompt and the suffix."""
+        return self.length + tokens + (0 if self.suffix is None else len(self.suffix.weight))
 
     def _read(self, embeds_BSD: Tensor, last_B: Tensor) -> Tensor:
         """Residual stream after the last block, at the prompt's last position (``last_B = 0``) or the text's ``last_B``-th token."""

@@ -16,6 +16,7 @@ from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
+from megalens.lens.prompts import prompts_of
 from megalens.lens.text import Text
 from megalens.ops import gumbel_embed, vocab_log_prob
 
@@ -108,8 +109,7 @@ class Verbalizer(nn.Module):
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, mode = config.verbalizer, config.mode_of("verbalizer")
         self.t_text, self.checkpoint_every = config.t_text, options.checkpoint_every_n_tokens
-        left, right = options.prompt.split("<act>")
-        left_ids, right_ids = tokenizer(left)["input_ids"], tokenizer(right, add_special_tokens=False)["input_ids"]
+        left_ids, right_ids, *_ = prompts_of(config, tokenizer)
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
         vocabulary = lm.vocabulary.in_weight.split(1024)  # never all of it in float32
         middle_D = sum(rows.float().sum(0) for rows in vocabulary) / len(lm.vocabulary.in_weight)

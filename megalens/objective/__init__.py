@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from megalens.config import Config
-from megalens.families.loading import load_tokenizer
+from megalens.families.loading import check_model, load_tokenizer
 from megalens.lens.lens import ConsistencyLens
+from megalens.lens.prompts import check_fits
 from megalens.lens.subject import load_subject
 from megalens.objective.base import Objective, Pass, Term
 from megalens.objective.given import TailRead, TailSay
@@ -29,5 +30,7 @@ def build_lens(config: Config, mean_D: Tensor, var_D: Tensor, empty_blocks: bool
         ConfigError: the model cannot be loaded, or the settings do not fit it or each other.
     """
     objective = Objective(config, TERMS)
-    subject, tokenizer = load_subject(config, empty_blocks=empty_blocks), load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
+    check_fits(config, check_model(config), tokenizer)
+    subject = load_subject(config, empty_blocks=empty_blocks)
     return ConsistencyLens(config, subject, tokenizer, mean_D, var_D, objective)

@@ -11,8 +11,9 @@ from megalens.data.shards import REDUMP
 from megalens.device import resolve_device
 from megalens.engine import ds_config
 from megalens.engine.base import EngineError
-from megalens.families.loading import check_model
+from megalens.families.loading import check_model, load_tokenizer
 from megalens.launcher import launched
+from megalens.lens.prompts import check_fits
 from megalens.training.start import source_folder
 
 
@@ -37,7 +38,7 @@ def check_ready(config: Config) -> torch.device:
         ds_config.resolve(config, ranks)
     if config.init_from is not None and not _has_checkpoint(config):
         source_folder(config)
-    check_model(config)
+    check_fits(config, check_model(config), load_tokenizer(config))
     for split in ("train", "val"):
         wrong = dump.check(config, split)
         if wrong is not None:

@@ -1,0 +1,114 @@
+"""The token ids that stand around an explanation, and whether the subject can read them and all that is asked of it.
+
+A position behind a model's window is an error where positions are learned (GPT-2) and a silent loss of quality where they are rotary;
+both are refused, since a lens would be trained, or measured, on activations that mean nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from megalens.config import Config, ConfigError
+from megalens.families.protocol import Settings
+
+
+class Prompts(NamedTuple):
+    """Token ids of the verbalizer's prompt before and behind its slot, of its plain prompt, and of the reconstructor's two."""
+
+    left: list[int]
+    right: list[int]
+    plain: list[int]
+    before: list[int]
+    suffix: list[int]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> list[int]:
+    """Token ids of a prompt, at least one: an empty prompt is the tokenizer's end of text.
+
+    Raises:
+        ConfigError: it is empty and the tokenizer has no such token.
+    """
+    ids = tokenizer(text)["input_ids"]
+    if ids:
+        return ids
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ConfigError(f"{key} is empty, and the tokenizer has no end-of-text token to stand there; write a prompt")
+    return [tokenizer.eos_token_id]
+
+
+def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """All prompts of a configuration.
+
+    Raises:
+        ConfigError: as of :func:`prompt_ids`.
+    """
+    left, right = config.verbalizer.prompt.split("<act>")
+    return Prompts(
+        tokenizer(left)["input_ids"],
+        tokenizer(right, add_special_tokens=False)["input_ids"],
+        prompt_ids(tokenizer, config.verbalizer.plain_prompt, "verbalizer.plain_prompt"),
+        prompt_ids(tokenizer, config.reconstructor.prompt, "reconstructor.prompt"),
+        tokenizer(config.reconstructor.suffix, add_special_tokens=False)["input_ids"],
+    )
+
+
+def check_fits(config: Config, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a configuration of which the subject cannot read a context, a prompt with its text, or a token.
+
+    Args:
+        settings: the subject's own configuration.
+
+    Raises:
+        ConfigError: one is longer than the subject's window, or an id has no row in its embedding.
+    """
+    prompts = prompts_of(config, tokenizer)
+    _check_ids(config, settings, tokenizer, prompts)
+    check_context(config, settings)
+    before = max(len(prompts.left) + 1 + len(prompts.right), len(prompts.plain), len(prompts.before) + len(prompts.suffix))
+    what = f"t_text={config.t_text} with the longest prompt before it ({before} tokens)"
+    _check_window(config, settings, before + config.t_text, what, "lower t_text or shorten the prompts")
+
+
+def check_context(config: Config, settings: Settings) -> None:
+    """Refuse contexts that the subject cannot read.
+
+    Raises:
+        ConfigError: they are longer than its window.
+    """
+    length = config.activation_dumper.seq_len
+    _check_window(config, settings, length, f"activation_dumper.seq_len={length}", "lower it")
+
+
+def check_tokenizer(config: Config, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that gives ids without a row in the subject's embedding.
+
+    Special tokens count only where a text can hold them: their names in a text are read as plain text.
+
+    Raises:
+        ConfigError: it does.
+    """
+    _check_ids(config, settings, tokenizer, None)
+
+
+def window_of(settings: Settings) -> int | None:
+    """Positions that a model was made for; None: its configuration names no end."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_ids(config: Config, settings: Settings, tokenizer: PreTrainedTokenizerBase, prompts: Prompts | None) -> None:
+    rows = settings.get_text_config().vocab_size
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max((number for number in tokenizer.get_vocab().values() if number not in special), default=0)
+    largest = max([largest, *tokenizer("a")["input_ids"], *(number for ids in prompts or () for number in ids)])
+    if largest >= rows:
+        name = config.tokenizer_name or config.model_name
+        mend = "set tokenizer_name to the tokenizer it was trained with" if config.tokenizer_name else "fetch the model anew"
+        raise ConfigError(f"the tokenizer of {name} gives ids up to {largest}, and {config.model_name} has {rows} embeddings; {mend}")
+
+
+def _check_window(config: Config, settings: Settings, length: int, what: str, mend: str) -> None:
+    window = window_of(settings)
+    if window is not None and length > window:
+        raise ConfigError(f"{what} is more than the window of {config.model_name}, {window} positions; {mend}")
