@@ -213,6 +213,18 @@ class Engine(ABC):
                 tensors[key] = copied(value)
         return Part(tensors, self.rank, count)
 
+    # ------------------------------------------------------------------------------------------------- for some engines
+
+    def _backward(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None) -> dict[str, Tensor]:
+        """Forward and backward of micro-batches by PyTorch alone; the module's scalars averaged over them, float64, on this rank."""
+        total: dict[str, Tensor] = {}
+        for batch, rollout in with_rollouts(batches, rollouts):
+            terms = self.module(to_device(batch, self.device), at, *rollout)
+            (terms["loss"] / len(batches)).backward()
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + value.detach().double()
+        return {name: value / len(batches) for name, value in total.items()}
+
     # ---------------------------------------------------------------------------------------------------- between ranks
 
     def reduce_mean(self, values: dict[str, float]) -> dict[str, float]:

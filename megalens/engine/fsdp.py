@@ -31,8 +31,6 @@ from megalens.engine.base import (
     device_of,
     join_alone,
     optimizer_groups,
-    to_device,
-    with_rollouts,
 )
 from megalens.engine.state import OptimizerState
 from megalens.engine.tensor import slice_layers
@@ -99,14 +97,9 @@ class FsdpEngine(Engine):
         self.optimizer = build_optimizer(config, chosen, fused=True)
 
     def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
-        total: dict[str, Tensor] = {}
-        for batch, rollout in with_rollouts(batches, rollouts):
-            terms = self.module(to_device(batch, self.device), at, *rollout)
-            (terms["loss"] / len(batches)).backward()
-            for name, value in terms.items():
-                total[name] = total.get(name, 0.0) + value.detach().double()
+        means = self._backward(batches, at, rollouts)
         self._reshard()
-        metrics = self.reduce_mean({name: value.item() / len(batches) for name, value in total.items()})
+        metrics = self.reduce_mean({name: value.item() for name, value in means.items()})
         gradients = {name: self._take_gradient(name) for name in self.masters}
         self._agree(gradients)
         norm = self._norm(gradients)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config
-from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups, to_device, with_rollouts
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, optimizer_groups
 from megalens.engine.state import OptimizerState
 
 PART = 2**20  # numbers that are float64 at once
@@ -45,13 +45,8 @@ class LocalEngine(Engine):
 
     def train_step(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None = None) -> dict[str, float]:
         self.gradient.zero_()
-        total: dict[str, Tensor] = {}
-        for batch, rollout in with_rollouts(batches, rollouts):
-            terms = self.module(to_device(batch, self.device), at, *rollout)
-            (terms["loss"] / len(batches)).backward()
-            for name, value in terms.items():
-                total[name] = total.get(name, 0.0) + value.detach().double()
-        metrics = self.reduce_mean({name: value.item() / len(batches) for name, value in total.items()})
+        means = self._backward(batches, at, rollouts)
+        metrics = self.reduce_mean({name: value.item() for name, value in means.items()})
         self._sum(self.gradient)
         self.gradient /= self.world_size
         norm = self._norm()
