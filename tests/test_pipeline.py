@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from megalens.commands import pipeline
@@ -62,7 +63,7 @@ def stages(checkout, stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("STAGE_LOG", str(log))
     monkeypatch.setattr(pipeline_run, "data_command", lambda name: [sys.executable, str(stand_in), name])
     monkeypatch.setattr(pipeline_run, "train_command", lambda config: [sys.executable, str(stand_in), "train"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield lambda: log.read_text().splitlines()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -91,10 +92,11 @@ def test_the_warm_start_named_by_init_from_runs_first(checkout):
 
 
 def test_settings_of_data_and_lens_reach_the_warm_start_and_those_of_the_training_do_not(checkout):
-    settings = ["t_text=3", "dataset.min_words=7", "learning_rate=1e-5", "run_name=other", "seed=1"]
+    shared = ["t_text=3", "dataset.min_words=7", "engine=auto", "fsdp.gather_gb=1", "on_the_fly=true", "mix=[]"]
+    settings = [*shared, "learning_rate=1e-5", "run_name=other", "seed=1"]
     warm, final = phases_of(["config=conf/tiny_from_warmstart.yaml", *settings, "--deepspeed", "z1.json"])
     assert final.arguments[1:] == [*settings, "deepspeed=z1.json"]
-    assert warm.arguments == ["config=conf/tiny_warmstart.yaml", "t_text=3", "dataset.min_words=7", "deepspeed=z1.json"]
+    assert warm.arguments == ["config=conf/tiny_warmstart.yaml", *shared, "deepspeed=z1.json"]
     assert warm.config.t_text == 3
 
 
@@ -122,6 +124,20 @@ def test_deepspeed_is_started_by_its_own_launcher(checkout, monkeypatch):
     launcher = pipeline_run.train_command(phase.config)
     assert Path(launcher[0]).name == "deepspeed"
     assert Path(launcher[-1]).name == "train.py"
+
+
+def test_fsdp_is_started_on_every_gpu(checkout, monkeypatch, capsys):
+    (phase,) = phases_of(["config=conf/tiny.yaml", "engine=fsdp"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    *launcher, script = pipeline_run.train_command(phase.config)
+    assert launcher == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    assert Path(script).name == "train.py"
+    assert capsys.readouterr().err == ""
+    for changed in (lambda: monkeypatch.setattr(torch.cuda, "device_count", lambda: 1), lambda: setattr(phase.config, "device", "cpu")):
+        changed()
+        assert pipeline_run.train_command(phase.config) == [sys.executable, script]
+        assert capsys.readouterr().err == "[pipeline] engine=fsdp: in one process, which shards nothing; this machine shows no second GPU\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ the stages

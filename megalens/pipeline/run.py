@@ -7,7 +7,10 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
 from megalens.config import Config, ConfigError
+from megalens.device import resolve_device
 from megalens.pipeline.runner import Runner, say
 from megalens.pipeline.stages import DataStage, Phase, data_stages, why_kept
 from megalens.sweep.trial import any_sweep, as_trial, outside_the_sweep
@@ -63,12 +66,17 @@ def data_command(name: str) -> list[str]:
 
 
 def train_command(config: Config) -> list[str]:
-    """What starts a training, without its settings.
+    """What starts a training, without its settings: for an engine that shards, a process per GPU.
 
     Raises:
         ConfigError: DeepSpeed is asked for and not installed.
     """
     script = str(TRAIN)
+    if config.engine == "fsdp":
+        gpus = torch.cuda.device_count() if resolve_device(config.device).type == "cuda" else 0
+        if gpus > 1:
+            return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), script]
+        say("engine=fsdp: in one process, which shards nothing; this machine shows no second GPU")
     if config.deepspeed is None:
         return [sys.executable, script]
     beside = Path(sys.executable).with_name("deepspeed")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megalens.config import Config, ConfigError, load_config
 from megalens.data import dump, pretokenize
 
-# What a warm start must have in common with the training that starts from it: the data and the lens.
+# What a warm start must have in common with the training that starts from it: the data, the lens, and where there is room for it.
 SHARED = {
     "model_name",
     "tokenizer_name",
@@ -23,7 +23,8 @@ SHARED = {
     "verbalizer",
     "reconstructor",
 }
-SHARED |= {"dataset", "pretokenize", "activation_dumper", "output_dir", "device", "dtype", "wandb", "deepspeed"}
+SHARED |= {"dataset", "pretokenize", "activation_dumper", "on_the_fly", "mix", "output_dir", "wandb"}
+SHARED |= {"device", "dtype", "engine", "fsdp", "deepspeed"}
 
 
 @dataclass
