@@ -1,12 +1,13 @@
 """A DeepSpeed file of any shape: made whole, or refused with all that is wrong with it, before a model loads."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from megalens.config import Config
-from megalens.engine import EngineError, ds_config
+from megalens.engine import EngineError, ds_config, ds_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 # As the trainers of the public write it: whatever can be "auto" is, and what is off stands there all the same.
@@ -203,6 +204,49 @@ def test_all_complaints_come_at_once(tmp_path):
     places = ["section amp", "section scheduler", "train_batch_size", "reduce_bucket_size", "offload_optimizer.device", ".foo"]
     assert [sum(place in line for line in found) for place in places] == [1] * 6
     assert len(found) == 6
+
+
+def any_file(draw: random.Random) -> dict:
+    """A file of known and unknown keys that hold anything."""
+    values = [
+        None,
+        True,
+        0,
+        1,
+        3,
+        -1,
+        1.5,
+        10**400,
+        "auto",
+        "x",
+        [],
+        [1],
+        {},
+        {"enabled": True},
+        {"enabled": "x"},
+        {"stage": 2},
+        {"type": 3},
+    ]
+    outer = [
+        place for place in (*ds_schema.SECTIONS, *ds_schema.FLAGS, *ds_schema.INSTEAD, *ds_schema.DECIDED, "other") if "." not in place
+    ]
+    zero = ["stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "leaf_module", "cpu_offload", "zenflow", "other"]
+    text = {name: draw.choice(values) for name in draw.sample(sorted(outer), draw.randrange(3))}
+    text["zero_optimization"] = {name: draw.choice(values) for name in draw.sample(zero, draw.randrange(3))}
+    params = {name: draw.choice(values) for name in draw.sample(["lr", "betas", "eps", "torch_adam", "other"], 2)}
+    return text | {"optimizer": {"type": draw.choice(values), "params": params}} if draw.random() < 0.5 else text
+
+
+def test_any_file_is_taken_or_refused_in_lines(tmp_path):
+    draw, outcomes = random.Random(0), set()
+    for _ in range(300):
+        try:
+            ds_config.resolve(ds_file(tmp_path, any_file(draw)), 2)
+            outcomes.add("taken")
+        except EngineError as error:
+            assert all(line.startswith(f"{tmp_path / 'z.json'}: ") for line in str(error).splitlines())
+            outcomes.add("refused")
+    assert outcomes == {"taken", "refused"}
 
 
 def test_equal_value_is_no_contradiction(tmp_path):
