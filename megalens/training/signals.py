@@ -31,7 +31,9 @@ def leave_dead_terminal() -> None:
 
 
 class StopSignals:
-    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`. A second SIGINT more than a second later stops at once.
+    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`.
+
+    A second SIGINT more than a second later stops at once.
 
     Attributes:
         received: the signal's number, or None.
