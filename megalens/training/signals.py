@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -80,7 +81,8 @@ def stop(process: subprocess.Popen, number: int) -> None:
     if not ranks:
         process.send_signal(number)
     for rank in ranks:
-        rank.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(rank, number)
 
 
 def stop_with_deepspeed() -> None:
@@ -99,8 +101,11 @@ def stop_with_deepspeed() -> None:
 
 
 def _watch(launcher, command: int) -> None:
-    while os.getppid() == launcher.pid and launcher.ppid() == command:
-        time.sleep(0.5)
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):  # it goes between two looks
+        while os.getppid() == launcher.pid and launcher.ppid() == command:
+            time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -108,12 +113,12 @@ def _is_deepspeed(arguments: Sequence[str]) -> bool:
     return any(Path(argument).name == "deepspeed" or argument == "deepspeed.launcher.runner" for argument in arguments[:3])
 
 
-def _ranks_of(command: int) -> list:
+def _ranks_of(command: int) -> list[int]:
     """The ranks that a ``deepspeed`` command has started on this machine."""
     import psutil
 
     try:
         launchers = [child for child in psutil.Process(command).children() if _LAUNCHER in child.cmdline()]
-        return [rank for launcher in launchers for rank in launcher.children()]
+        return [rank.pid for launcher in launchers for rank in launcher.children()]
     except psutil.NoSuchProcess:  # it is ending
         return []
