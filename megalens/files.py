@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,16 @@ def new_file(path: Path, scratch: Path | None = None) -> Iterator[ChecksumFile]:
         raise explain_full_disk(error, path.parent) from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def time_at(folder: Path) -> float:
+    """The time of now by the clock that stamps a folder's files, in seconds since the epoch. A file server's may differ from ours.
+
+    The folder is made where it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def explain_full_disk(error: OSError, folder: Path) -> OSError | DiskFull:

@@ -77,7 +77,8 @@ def train(config: Config) -> int:
     if is_finished(start.progress, clock):
         if rank == 0:
             longer = "max_train_steps" if clock.last_step == clock.total_steps else "early_termination.steps"
-            print(f"{config.run_dir} is finished: {clock.last_step} micro-steps; {longer} trains it longer", file=sys.stderr)
+            asked = f", and {longer} asks for {clock.last_step}" if start.progress.step > clock.last_step else ""
+            print(f"{config.run_dir} is finished: {start.progress.step} micro-steps{asked}; {longer} trains it longer", file=sys.stderr)
         return 0
 
     lens = build_lens(config, *start.standard, empty_blocks=shards_weights(config))

@@ -221,7 +221,7 @@ BAD_FILES = {
     "betas: 0.9": "bad.yaml: betas is a list",
     "t_text: [": "bad.yaml is no valid YAML",
     "learning_rate: 1:30": "bad.yaml: learning_rate: Value '1:30' .*could not be converted to Float",
-    "run_name: ${oc.env:NOPE_NOT_SET}": "Environment variable 'NOPE_NOT_SET' not found",
+    "run_name: ${oc.env:NOPE_NOT_SET}": "^run_name: .?Environment variable 'NOPE_NOT_SET' not found",
     'run_name: "a\\0b"': "holds a null character",
     "dataset.nam: x": r"unknown key 'dataset.nam' .*did you mean 'dataset.name'\?",
     "dataset.name: x\ndataset: {name: y}": "bad.yaml: dataset is given twice, once as a section and once with a dot",

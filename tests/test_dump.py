@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -342,6 +343,19 @@ def test_a_valid_dump_is_kept_and_force_makes_the_same_anew(make_config):
     dump(make_config(force_redump=True))
     assert meta.stat().st_mtime_ns > made
     assert contents(config) == before
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_force_makes_a_dump_anew_once_whatever_this_machines_clock_says(make_config, monkeypatch, hours):
+    config, now = make_config(), time.time
+    pretokenize(config)
+    dump(config)
+    parts = [config.activation_dir("train") / "meta.json", config.pretokenized_dir / "meta.json"]
+    made = [path.stat().st_mtime_ns for path in parts]
+    monkeypatch.setattr("time.time", lambda: now() + hours * 3600)  # as beside a file server with another clock
+    pretokenize(make_config(force_redump=True))
+    dump(make_config(force_redump=True))
+    assert all(path.stat().st_mtime_ns > before for path, before in zip(parts, made, strict=True))
 
 
 def test_a_dump_serves_when_its_text_is_gone(make_config, place):

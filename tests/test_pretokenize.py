@@ -114,6 +114,18 @@ def test_other_settings_are_named_and_replace_nothing_unless_forced(make_config,
     assert why_stale(make_config(dataset=other)) is None
 
 
+def test_a_corpus_of_the_same_file_name_takes_nothing_from_the_first(make_config, tmp_path):
+    for number, folder in enumerate(("d1", "d2")):
+        (tmp_path / folder).mkdir()
+        make_text(tmp_path / folder / "corpus.jsonl", 60 + number)
+    first, second = (make_config(dataset={"name": str(tmp_path / folder / "corpus.jsonl")}) for folder in ("d1", "d2"))
+    made = {path: path.read_bytes() for path in pretokenize(first).rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match=r"another dataset \(source: .* there, .* now\); name another pretokenize\.root, or"):
+        pretokenize(second)
+    assert why_stale(first) is None
+    assert all(path.read_bytes() == content for path, content in made.items())
+
+
 def test_two_models_on_one_corpus_in_turn_make_their_tokens_once(make_config):
     folders = [pretokenize(make_config(kind)) for kind in ("llama", "gemma2")]
     assert folders[0].parent == folders[1].parent

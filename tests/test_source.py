@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_contexts_come_in_the_dumps_order_without_a_dump(place):
     part = dumped.rows(range(100))["activation"]
     for ours, theirs in [(reader.statistics.mean, part.mean(0)), (reader.statistics.var, part.var(0, correction=0))]:
         torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.01)
+
+
+def test_a_reader_of_contexts_can_be_sent_to_worker_processes(place):
+    reader = ContextReader(load_config(TINY), "train")
+    last = len(reader.batch_rows) - 1
+    before = reader.read_batch(last)
+    sent = pickle.loads(pickle.dumps(reader))  # noqa: S301 - what spawn and forkserver do
+    assert all(torch.equal(sent.read_batch(last)[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])

@@ -147,6 +147,17 @@ def test_hyperband_ends_weak_trials_at_a_look_and_strong_ones_go_on_from_there(s
     assert search.best().value == min(t.user_attrs["value"] for t in search.trials() if t.state == TrialState.COMPLETE)
 
 
+@pytest.mark.parametrize("source", ["on_the_fly", "mix"])
+def test_a_look_needs_no_dump_of_the_trials_own(sweep_file, dumped_checkout, source):
+    folder = load_config(["config=conf/tiny.yaml"]).activation_dir("train")
+    rows = {"on_the_fly": "on_the_fly: {value: true}", "mix": f"mix: {{value: ['{folder}=1.0']}}"}[source]
+    more = "early_terminate: {type: hyperband, min_iter: 2, eta: 2}"
+    file = sweep_file(f"t_text: {{values: [3]}}\n  {rows}\n  activation_dumper.root: {{value: nowhere}}", "random", more=more)
+    search, at_work = workers(file, count=1)
+    claim = search.claim()
+    assert [at_work._is_at_end(claim, until) for until in ("2s", "8s")] == [False, True]
+
+
 def test_trials_at_a_time_share_gpus_and_cores(sweep_file, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")

@@ -1,5 +1,6 @@
 """The training loop on a tiny model: its curve, its checkpoints, and that an interruption changes nothing."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -111,7 +112,9 @@ def test_last_and_best_are_links_to_whole_checkpoints_and_nothing_else_is_kept(u
 def test_finished_run_says_so_and_changes_nothing(undisturbed, capsys):
     before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
     assert train(undisturbed) == 0
-    assert "is finished: 16 micro-steps" in capsys.readouterr().err
+    assert "is finished: 16 micro-steps; max_train_steps trains it longer" in capsys.readouterr().err
+    assert train(dataclasses.replace(undisturbed, max_train_steps="8s")) == 0
+    assert "is finished: 16 micro-steps, and max_train_steps asks for 8; max_train_steps trains" in capsys.readouterr().err
     assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
 
 

@@ -266,6 +266,6 @@ def _finish(merged) -> Config:
     try:
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_line(error)) from None
+        raise ConfigError(": ".join(filter(None, [error.full_key, _line(error).rpartition("resolving interpolation: ")[2]]))) from None
     validate(config)
     return config

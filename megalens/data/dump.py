@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -33,7 +33,7 @@ from megalens.data.sampling import RowOrder, Rows
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
 from megalens.device import resolve_dtype
 from megalens.families.loading import check_model, load_tokenizer
-from megalens.files import Folder
+from megalens.files import Folder, time_at
 from megalens.launcher import rank
 from megalens.lens.prompts import check_context, check_tokenizer
 from megalens.lens.subject import Subject, load_subject
@@ -52,10 +52,10 @@ def dump(config: Config) -> None:
         ConfigError: the subject cannot read contexts so long, or has no embedding for an id of the tokenizer.
     """
     encoding_of(config.activation_dumper.encoding)  # refused before anything is loaded
-    called = time.time()
+    forced = time_at(Path(config.activation_dumper.root)) if config.force_redump else 0.0
     layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
     splits = [split for split in SPLITS if split == "val" or not config.on_the_fly]
-    todo = {split: [layer for layer in layers if not _kept(layer, split, called)] for split in splits}
+    todo = {split: [layer for layer in layers if not _kept(layer, split, forced)] for split in splits}
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
@@ -70,7 +70,7 @@ def dump(config: Config) -> None:
     writers = {split: [_writer(layer, split, orders[split], subject) for layer in left] for split, left in todo.items()}
     _check_space(list(chain(*writers.values())))
     for writer in chain(*writers.values()):
-        discard(writer.folder, older_than=called)
+        discard(writer.folder, older_than=forced)
         if note := writer.begin():
             say(note)
     for wait in (False, True):  # first the shards that nobody holds, then those that a killed rank may leave
@@ -141,11 +141,11 @@ def _asked(config: Config, split: str) -> int | None:
     return None if number == -1 else number
 
 
-def _kept(config: Config, split: str, called: float) -> bool:
-    """Is the dump that is there to be kept? (With force_redump: only one that another rank of this command has just made.)"""
+def _kept(config: Config, split: str, forced: float) -> bool:
+    """Is the dump that is there to be kept? One that is older than ``forced`` is not: only what another rank of this command has made."""
     folder = config.activation_dir(split)
     path = folder / "meta.json"
-    if not path.exists() or (config.force_redump and path.stat().st_mtime < called):
+    if not path.exists() or path.stat().st_mtime < forced:
         return False
     if reason := check(config, split):
         raise DataError(reason if REDUMP in reason else f"{reason}; name another activation_dumper.root, or {REDUMP}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megalens.data import DataError
 from megalens.data.corpus import is_stream, load_documents, processes, stream_documents
 from megalens.data.identity import dataset_identity, first_difference, tokenizer_identity
 from megalens.families.loading import load_tokenizer
-from megalens.files import Lock, checksum, explain_full_disk, save_json
+from megalens.files import Lock, checksum, explain_full_disk, save_json, time_at
 
 VERSION = 1
 _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "doc_id": datasets.Value("int64")})
@@ -36,10 +35,11 @@ def pretokenize(config: Config) -> Path:
     Raises:
         DataError: the corpus is unusable, whole tokens of other settings are in the way, or the disk is full.
     """
-    folder, called = config.pretokenized_dir, time.time()
+    folder = config.pretokenized_dir
     folder.parent.mkdir(parents=True, exist_ok=True)
+    forced = time_at(folder.parent) if config.force_redump else 0.0
     with Lock(folder.parent / f".{folder.name}.lock"):
-        if not (config.force_redump and _made_before(folder, called)):
+        if not _made_before(folder, forced):
             if why_stale(config) is None:
                 return folder
             _refuse_to_replace(config)

@@ -89,10 +89,17 @@ class ContextReader:
         ]
         self.batch_rows = np.concatenate(sizes)
         self._batches = [(shard, i * settings.rows_per_batch) for shard, rows in enumerate(sizes) for i in range(len(rows))]
-        self._shard = functools.lru_cache(8)(self._order.shard)
+        self._shards: dict[int, Rows] = {}  # the last few; a plain dictionary, so that worker processes can be sent a reader
 
     def __len__(self) -> int:
         return self._order.rows
+
+    def _shard(self, number: int) -> Rows:
+        if number not in self._shards:
+            while len(self._shards) >= 8:
+                del self._shards[next(iter(self._shards))]
+            self._shards[number] = self._order.shard(number)
+        return self._shards[number]
 
     def read_batch(self, index: int) -> dict[str, Tensor]:
         """What :meth:`ShardReader.read_batch` gives, without ``activation``."""

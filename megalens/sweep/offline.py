@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from megalens.config import Config
-from megalens.data.shards import read_meta
+from megalens.data.source import training_loader
 from megalens.device import resolve_device
 from megalens.schedule import duration_steps, duration_text, parse_duration
 from megalens.sweep import SweepError
@@ -184,7 +184,7 @@ class Workers:
 
     def _is_at_end(self, claim: Claim, until: str) -> bool:
         config = trial_config(self.sweep, claim.number, claim.point)
-        clock = clock_of(config, read_meta(config.activation_dir("train"))["rows"] // config.batch_size)
+        clock = clock_of(config, training_loader(config).steps_per_epoch)
         return duration_steps(until, clock) >= clock.last_step
 
     def value(self, claim: Claim) -> float | None:
