@@ -24,9 +24,9 @@ class LostRank(EngineError):
 def told_once() -> Iterator[None]:
     """Wrap a rank's whole work; leave the process group at the end.
 
-    The error of the first rank to fail passes through. Ranks that fail later, of the same error or because the first is gone, say nothing: they
-    wait for their launcher to end them, then exit with code 1. Before there is a process group most errors strike all ranks alike. Then rank 0
-    reports at once, and another rank only if its launcher has not ended it in the meantime.
+    The error of the first rank to fail passes through. Ranks that fail later, of the same error or because the first is gone, say
+    nothing: they wait for their launcher to end them, then exit with code 1. Before there is a process group, most errors strike all
+    ranks alike. Then rank 0 reports at once, and another rank only if its launcher has not ended it in the meantime.
 
     Raises:
         LostRank: in place of an error of gloo or NCCL, when another process died before it could report anything.

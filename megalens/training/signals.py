@@ -18,20 +18,21 @@ _LAUNCHER = "deepspeed.launcher.launch"
 
 
 def stopping() -> list[int]:
-    """The signals that ask for a stop: SIGINT, SIGTERM and, unless ``nohup`` has it ignored, SIGHUP: the terminal is gone."""
+    """The signals that ask for a stop: SIGINT, SIGTERM, and SIGHUP (the terminal is gone) unless ``nohup`` ignores it."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 def leave_dead_terminal() -> None:
-    """Let what is printed to a terminal that has hung up go nowhere, instead of failing who prints it."""
+    """Discard what is printed to a terminal that is gone; otherwise printing would fail."""
     for number in _TERMINALS:
         if not os.isatty(number):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 class StopSignals:
-    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`. A second SIGINT more than a second later stops at once.
+    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`. A second SIGINT, more than a second later, stops at
+    once.
 
     Attributes:
         received: the signal's number, or None.

@@ -16,8 +16,8 @@ from megalens.engine.base import rank_and_size
 class Watchdog:
     """While entered, ends the process when :meth:`at` has not been called for ``seconds``.
 
-    Rank 0 first prints, in one line, where every rank is. A rank that does not answer (stopped, or its machine is gone) is called silent. When
-    one rank has ended, the launcher ends the others; if it does not, each ends itself a little later.
+    Rank 0 first prints, in one line, where every rank is. A rank that does not answer (stopped, or its machine is gone) is called
+    silent. When one rank has ended, the launcher ends the others; if it does not, each ends itself a little later.
 
     Args:
         seconds: 0: never.
