@@ -136,7 +136,7 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes that the vocabulary adds to the peak; one each of ``_SAMPLES``."""
+    """Peak bytes, FLOPs, elements gathered, uses, elements summed, bytes that the vocabulary adds to the peak; of each of ``_SAMPLES``."""
     lens = meta_lens(config, (lower, upper))
     found: list[tuple[float, ...]] = []
     for samples in _SAMPLES:

@@ -31,8 +31,9 @@ def leave_dead_terminal() -> None:
 
 
 class StopSignals:
-    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`. A second SIGINT, more than a second later, stops at
-    once.
+    """While entered, the signals of :func:`stopping` and SIGUSR1 set :attr:`received`.
+
+    A second SIGINT, more than a second later, stops at once.
 
     Attributes:
         received: the signal's number, or None.
@@ -44,7 +45,7 @@ class StopSignals:
         self._before: dict = {}
 
     def __enter__(self) -> StopSignals:
-        watched = [*stopping(), signal.SIGUSR1]  # USR1: Slurm's warning ahead of the time limit
+        watched = [*stopping(), signal.SIGUSR1]  # USR1: Slurm's warning before the time limit
         self._before = {number: signal.signal(number, self._receive) for number in watched}
         return self
 
@@ -70,9 +71,9 @@ def end_with_parent() -> None:
 
 
 def stop(process: subprocess.Popen, number: int) -> None:
-    """Send a command that was started here a stop signal; it ends behind all of its own processes.
+    """Send a stop signal to a command that was started here; the command ends after all of its own processes.
 
-    The ``deepspeed`` command would die of it at once, and leave its ranks at work: they get it in its place, and it ends behind them.
+    The ``deepspeed`` command would die at once and leave its ranks running. So its ranks get the signal, and the command ends after them.
     """
     arguments = process.args if isinstance(process.args, Sequence) and not isinstance(process.args, str) else []
     ranks = _ranks_of(process.pid) if _is_deepspeed([str(argument) for argument in arguments]) else []
@@ -83,11 +84,11 @@ def stop(process: subprocess.Popen, number: int) -> None:
 
 
 def stop_with_deepspeed() -> None:
-    """For a rank: be told to stop when the ``deepspeed`` command that started its launcher, or the launcher itself, is gone.
+    """Send this rank SIGTERM when its DeepSpeed launcher, or the ``deepspeed`` command that started the launcher, is gone.
 
-    The command dies of a signal at once, and its launcher goes on; what is started on several machines ends otherwise.
+    The command dies of a signal at once; its launcher and ranks would run on. On several machines ranks are ended in another way.
     """
-    if "CROSS_SIZE" not in os.environ:  # which DeepSpeed's launcher sets
+    if "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets it
         return
     import psutil  # comes with DeepSpeed
 
