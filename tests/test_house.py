@@ -1,6 +1,8 @@
 """The house rules that no linter knows: sizes, docstrings, and what prose may not say."""
 
 import ast
+import re
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -34,3 +36,12 @@ def test_prose_says_cannot():
         if "can" + " not " in line
     ]
     assert found == []
+
+
+def test_the_architecture_lists_the_rooms_in_the_order_that_imports_keep():
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    place = {room: i for i, layer in enumerate(contract["layers"]) for room in re.findall(r"\w+", layer)}
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("| room | holds |")[1].split("\n\n")[0]
+    rooms = [re.findall(r"`(\w+)(?:/|\.py)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    assert sorted(room for line in rooms for room in line) == sorted(place)
+    assert [min(place[room] for room in line) for line in rooms] == sorted(min(place[room] for room in line) for line in rooms)

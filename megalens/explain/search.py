@@ -1,4 +1,4 @@
-"""Ways to choose an explanation. The verbalizer has the activation, so it may look for the words from which it is rebuilt best.
+"""Ways to choose an explanation. The activation is at hand, so a search may look for the words that rebuild it best.
 
 A new search is a class like those here, registered in :data:`SEARCHES` under the name by which it is asked for.
 """
@@ -43,7 +43,7 @@ class BestOf:
         k: explanations for each row.
         noise: temperature at which all but the greedy one are sampled.
 
-    A sample hangs on the lens's seed, the row's number and its own number alone: more of them never make a row worse.
+    A sample depends on the lens's seed, the row's number and its own number alone, so more of them never make a row worse.
     """
 
     k: int

@@ -1,8 +1,8 @@
 """Every drawing of every page, as inline SVG: intervals, lines, bars, columns and parallel coordinates.
 
 Our own, because a page must stand alone, follow the reader's light or dark mode, and say a mark's value when it is pointed at. matplotlib
-draws the same into SVG, but knows neither titles nor colours of a style sheet: both must be put into its text afterwards. Its drawings are
-about twice as large, its installation is a hundred megabytes, and parallel coordinates would be drawn by hand all the same.
+draws the same into SVG, but knows neither titles nor colours of a style sheet: both must be put into its text afterwards. Its lines take
+twice the bytes, its installation is a hundred megabytes, and parallel coordinates would be drawn by hand all the same.
 
 Colours are variables of :data:`megalens.page.frame.STYLE`. Every attribute and text is escaped in one place, :func:`_tag`.
 """

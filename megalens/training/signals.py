@@ -19,13 +19,13 @@ _LAUNCHER = "deepspeed.launcher.launch"
 
 
 def stopping() -> list[int]:
-    """The signals that ask for a stop: SIGINT, SIGTERM and, unless ``nohup`` has it ignored, SIGHUP: the terminal is gone."""
+    """The signals that ask for a stop: SIGINT, SIGTERM, and SIGHUP (the terminal is gone) unless ``nohup`` ignores it."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 def leave_dead_terminal() -> None:
-    """Let what is printed to a terminal that has hung up go nowhere, instead of failing who prints it."""
+    """Discard what is printed to a terminal that is gone; otherwise printing would fail."""
     for number in _TERMINALS:
         if not os.isatty(number):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -46,7 +46,7 @@ class StopSignals:
         self._before: dict = {}
 
     def __enter__(self) -> StopSignals:
-        watched = [*stopping(), signal.SIGUSR1]  # USR1: Slurm's warning ahead of the time limit
+        watched = [*stopping(), signal.SIGUSR1]  # USR1: Slurm's warning before the time limit
         self._before = {number: signal.signal(number, self._receive) for number in watched}
         return self
 
@@ -72,9 +72,9 @@ def end_with_parent() -> None:
 
 
 def stop(process: subprocess.Popen, number: int) -> None:
-    """Send a command that was started here a stop signal; it ends behind all of its own processes.
+    """Send a stop signal to a command that was started here; the command ends after all of its own processes.
 
-    The ``deepspeed`` command would die of it at once, and leave its ranks at work: they get it in its place, and it ends behind them.
+    The ``deepspeed`` command would die at once and leave its ranks running. So its ranks get the signal, and the command ends after them.
     """
     arguments = process.args if isinstance(process.args, Sequence) and not isinstance(process.args, str) else []
     ranks = _ranks_of(process.pid) if _is_deepspeed([str(argument) for argument in arguments]) else []
@@ -86,11 +86,11 @@ def stop(process: subprocess.Popen, number: int) -> None:
 
 
 def stop_with_deepspeed() -> None:
-    """For a rank: be told to stop when the ``deepspeed`` command that started its launcher, or the launcher itself, is gone.
+    """Send this rank SIGTERM when its DeepSpeed launcher, or the ``deepspeed`` command that started the launcher, is gone.
 
-    The command dies of a signal at once, and its launcher goes on; what is started on several machines ends otherwise.
+    The command dies of a signal at once; its launcher and ranks would run on. On several machines ranks are ended in another way.
     """
-    if "CROSS_SIZE" not in os.environ:  # which DeepSpeed's launcher sets
+    if "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets it
         return
     import psutil  # comes with DeepSpeed
 
