@@ -28,6 +28,8 @@ REQUIRED = [
 ]
 DEEPSPEED = [
     "deepspeed>=0.19,<1",  # ZeRO 0-3 and offload
+    "pydantic>=2.12.5,<3",  # DeepSpeed's own complaints of a file, told as ours
+    "psutil>=6.1,<8",  # the ranks that DeepSpeed's launcher has started, to be stopped with it
     "ninja>=1.11.1",  # builds DeepSpeed's CPU collective and optimizer on first use
 ]
 DEMO = [
