@@ -32,11 +32,6 @@ class Clock:
         """The micro-step at which this training ends."""
         return self.total_steps if self.early_end is None else min(self.total_steps, self.early_end)
 
-    @property
-    def total_updates(self) -> int:
-        """Optimizer steps in the whole training."""
-        return self.total_steps // self.steps_per_update
-
 
 def parse_duration(text: str | int | float) -> tuple[float, str]:
     """Split a duration into (number, unit), the unit one of ``s``, ``os``, ``e``.

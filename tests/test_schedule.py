@@ -45,10 +45,6 @@ def test_a_number_made_a_duration_is_read_back_to_the_last_digit(number):
     assert parse_duration(duration_text(number, "e")) == (number, "e")
 
 
-def test_total_updates_are_whole():
-    assert Clock(steps_per_epoch=10, steps_per_update=4, total_steps=42).total_updates == 10
-
-
 def values(schedule, steps):
     return [schedule_value(schedule, step, CLOCK) for step in steps]
 

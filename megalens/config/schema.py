@@ -338,7 +338,7 @@ class Config(WithWeights):
     early_termination: EarlyTermination = setting(EarlyTermination(), "ending before the end")
     log_interval: str = setting("10s", "how often training metrics are logged")
     compile: bool = setting(
-        False, "run the decoder blocks through torch.compile (minutes at the start; docs/kernels.md says what it brings)"
+        False, "run the decoder blocks through torch.compile (minutes at the start; docs/step.md says what it brings)"
     )
     detect_anomaly: bool = setting(False, "check hidden states for NaN and infinity and name the sample and token")
     wandb: Wandb = setting(Wandb(), "Weights & Biases")
