@@ -337,9 +337,7 @@ class Config(WithWeights):
     checkpoint: Checkpoint = setting(Checkpoint(), "saving and resuming")
     early_termination: EarlyTermination = setting(EarlyTermination(), "ending before the end")
     log_interval: str = setting("10s", "how often training metrics are logged")
-    compile: bool = setting(
-        False, "run the decoder blocks through torch.compile (minutes at the start; docs/step.md says what it brings)"
-    )
+    compile: bool = setting(False, "run the decoder blocks through torch.compile (minutes at the start; docs/step.md says what it brings)")
     detect_anomaly: bool = setting(False, "check hidden states for NaN and infinity and name the sample and token")
     wandb: Wandb = setting(Wandb(), "Weights & Biases")
     evaluation: Evaluation = setting(Evaluation(), "tools/eval.py")
