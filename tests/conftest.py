@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from wandb_server import WandbServer
 
 from megalens import tiny
+from megalens.device import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -39,6 +40,7 @@ SLOW = {
     "engine",
     "explain",
     "failure",
+    "measure",
     "memory_ranks",
     "ops_tile",
     "ops_triton",
@@ -48,8 +50,10 @@ SLOW = {
     "prepare_demo",
     "readme",
     "report",
+    "rollouts",
     "search",
     "slurm",
+    "stopping",
     "sweep_offline",
     "sweep_search",
     "tensor",
@@ -63,6 +67,11 @@ SLOW = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out the files in SLOW and what has the marker minutes")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: many tests wait for processes that they have started."""
+    return usable_cores() + 1
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
