@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from rollout_ranks import SayRollouts
 from safetensors.torch import load_file
 from test_lens import make_batch, make_lens, perturb
 from tiny_run import make_subject_and_dump, tiny_config
@@ -143,17 +144,6 @@ class Misspelt(Norms):
 def test_a_term_that_needs_what_no_pass_gives_is_refused():
     with pytest.raises(ValueError, match=r"norms needs \['rebuilt', 'text'\]; a pass gives read, tails"):
         Objective(Config(), [Misspelt])
-
-
-class SayRollouts(Term):
-    """Cross-entropy of the verbalizer on what it has sampled."""
-
-    name, needs, draws = "say_rollouts", frozenset({"rollouts"}), 3
-
-    def __call__(self, made):
-        ids_BKT = made.rollouts.ids_BKT
-        a_BD = made.activation_BD.repeat_interleave(ids_BKT.shape[1], 0)
-        return -made.lens.verbalizer.log_prob_of(a_BD, ids_BKT.flatten(0, 1)).mean()
 
 
 def test_rollouts_are_sampled_ahead_and_handed_to_the_terms_that_want_them(folder, calls):
