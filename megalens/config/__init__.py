@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
+from megalens.config.fields import ConfigError, Schedule, Weight
 from megalens.config.reading import config_from_dict, config_to_dict, config_to_yaml, load_config
+from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, ReconstructorRates, Verbalizer, VerbalizerRates
 from megalens.config.rules import validate
-from megalens.config.schema import (
-    ActivationDumper,
-    Checkpoint,
-    Config,
-    ConfigError,
-    Dataset,
-    EarlyTermination,
-    Evaluation,
-    Fsdp,
-    Lora,
-    LrMultipliers,
-    LrScheduler,
-    Pretokenize,
-    Reconstructor,
-    ReconstructorRates,
-    Schedule,
-    Validation,
-    Verbalizer,
-    VerbalizerRates,
-    Wandb,
-    Weight,
-)
+from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
+from megalens.config.schema import Config
+from megalens.config.text import ActivationDumper, Dataset, Pretokenize
 
 __all__ = [
     "ActivationDumper",

@@ -6,13 +6,14 @@ import dataclasses
 
 from omegaconf import OmegaConf
 
-from megalens.config.schema import Config, Weight
+from megalens.config.fields import Weight
+from megalens.config.schema import Config
 
 
 def documented_yaml() -> str:
     """``conf/config.yaml``: every key with its default and what it means."""
     head = [
-        "# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config/schema.py, not this file.",
+        "# Every setting and its default. Printed by `python -m megalens.config`; change megalens/config/, not this file.",
         "# An experiment names only what it changes, and its parents under defaults:.",
         "",
     ]

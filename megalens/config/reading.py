@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalens import shipped
+from megalens.config.fields import ConfigError, Schedule, Weight
 from megalens.config.rules import validate
-from megalens.config.schema import Config, ConfigError, Schedule, Weight
+from megalens.config.schema import Config
 from megalens.config.yaml_core import read_yaml
 
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megalens.config.schema import Config, ConfigError, Schedule
+from megalens.config.fields import ConfigError, Schedule
+from megalens.config.schema import Config
 from megalens.schedule import duration_text, parse_duration
 
 POSITIVE = (

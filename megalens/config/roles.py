@@ -1,0 +1,82 @@
+"""Settings of what is trained: the verbalizer, the reconstructor, their adapters and their learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalens.config.fields import Weight, WithWeights, setting, weight
+
+
+@dataclass
+class Lora:
+    """LoRA adapters (train_mode lora)."""
+
+    r: int = setting(64, "rank")
+    alpha: float = setting(64.0, "scale; the update is alpha / r times B A")
+    dropout: float = setting(0.0, "dropout on the adapter's input")
+
+
+@dataclass
+class Verbalizer:
+    """Activation to text."""
+
+    prompt: str = setting("The text<act> ends with:", "the prompt; <act> is the slot of the activation")
+    plain_prompt: str = setting("The text ends with:", "the same prompt without an activation, for the subject's side of the LM term")
+    inject: str = setting(
+        "block",
+        "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
+        ("block", "embedding"),
+    )
+    mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
+    trainable_prompt: bool = setting(True, "train the prompt's embeddings")
+    checkpoint_every_n_tokens: int | None = setting(
+        None, "keep only every n-th token's state of a decode and compute the rest again in the backward (less memory, more time)"
+    )
+
+
+@dataclass
+class Reconstructor:
+    """Text to activation."""
+
+    prompt: str = setting("The text ends with:", "what stands before the explanation")
+    suffix: str = setting("", "what stands behind it; the last position is read")
+    mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
+    trainable_prompt: bool = setting(True, "train the prompt's and suffix's embeddings")
+
+
+@dataclass
+class VerbalizerRates(WithWeights):
+    """Factors on learning_rate for what is trained of the verbalizer."""
+
+    projection: Weight = weight(1.0, "the projection of the activation")
+    prompt: Weight = weight(1.0, "the prompt's embeddings")
+    adapters: Weight = weight(1.0, "LoRA adapters")
+    blocks: Weight = weight(1.0, "its own blocks and norm, in full mode")
+
+
+@dataclass
+class ReconstructorRates(WithWeights):
+    """Factors on learning_rate for what is trained of the reconstructor."""
+
+    head: Weight = weight(1.0, "the affine head")
+    prompt: Weight = weight(1.0, "the prompt's and suffix's embeddings")
+    adapters: Weight = weight(1.0, "LoRA adapters")
+    blocks: Weight = weight(1.0, "its own blocks, in full mode")
+
+
+@dataclass
+class LrMultipliers:
+    """Factors on learning_rate by group, each a number or a schedule; 0 freezes the group for as long as it is 0."""
+
+    verbalizer: VerbalizerRates = setting(VerbalizerRates(), "the verbalizer's")
+    reconstructor: ReconstructorRates = setting(ReconstructorRates(), "the reconstructor's")
+
+
+@dataclass
+class LrScheduler:
+    """Learning rate over the training."""
+
+    type: str = setting("constant", "constant | linear | cosine", ("constant", "linear", "cosine"))
+    warmup_steps: str = setting("0s", "linear warm-up from warmup_start_factor to 1")
+    warmup_start_factor: float = setting(0.01, "multiplier of learning_rate at step 0 of the warm-up")
+    end_factor: float = setting(0.0, "multiplier of learning_rate at the end of linear and cosine")
