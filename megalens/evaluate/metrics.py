@@ -188,7 +188,7 @@ def figures(rows: Rows, doc_ids: np.ndarray | None = None, bootstrap: int = 0, s
     count = len(rows["error"])
     result = {name: float(value[0]) for name, value in _weighted_figures(rows, np.ones((1, count))).items()}
     if bootstrap:
-        parts = [_weighted_figures(rows, weights) for weights in _resamples(np.asarray(doc_ids), bootstrap, seed)]
+        parts = [_weighted_figures(rows, weights) for weights in resamples(np.asarray(doc_ids), bootstrap, seed)]
         for name in tuple(result):
             low, high = np.quantile(np.concatenate([part[name] for part in parts]), (0.025, 0.975))
             result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -200,8 +200,13 @@ def _weighted_figures(rows: Rows, weights_RN: np.ndarray) -> Rows:
     return {figure.name: figure.value(rows, weights_RN) for figure in FIGURES if all(name in rows for name in figure.needs)}
 
 
-def _resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights ``[r, N]`` of resampled documents, a few resamples at a time so that memory stays small."""
+def resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+    """Weights ``[r, N]`` of rows under resampled documents, a few resamples at a time so that memory stays small.
+
+    Args:
+        doc_ids: the document of each row ``[N]``.
+        bootstrap: resamples in all.
+    """
     _, document = np.unique(doc_ids, return_inverse=True)
     documents = document.max() + 1
     draw = np.random.default_rng(seed % (1 << 63))
