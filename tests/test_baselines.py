@@ -182,19 +182,19 @@ def test_fewer_rows_are_used_when_asked_for(lens, loader, statistics):
 
 def test_copies_are_the_last_tokens_in_natural_order(lens, loader):
     batch = loader.rows(range(4))
-    got = to_ids(lens.tokenizer, context_tails(lens.tokenizer, batch["input_ids"], batch["position"], 4))
+    got = to_ids(lens.tokenizer, context_tails(lens.tokenizer, batch["input_ids"], batch["position"], torch.full((4,), 4)))
     wanted = [batch["input_ids"][i, p - 3 : p + 1].tolist() for i, p in enumerate(batch["position"].tolist())]
     assert got == wanted
 
 
 def test_the_untouched_subject_rebuilds_a_whole_context_exactly(lens, loader):
     batch = loader.rows(range(6))
-    whole = context_tails(lens.tokenizer, batch["input_ids"], batch["position"], 1000)
+    whole = context_tails(lens.tokenizer, batch["input_ids"], batch["position"], torch.full((6,), 1000))
     torch.testing.assert_close(read_by_subject(lens, whole).a_hat_BD, batch["activation"], atol=1e-4, rtol=1e-4)
 
 
 def test_the_subject_reads_copies_without_adapters_and_the_lens_with(lens, loader):
-    texts = context_tails(lens.tokenizer, loader.batch["input_ids"], loader.batch["position"], 4)
+    texts = context_tails(lens.tokenizer, loader.batch["input_ids"], loader.batch["position"], torch.full((loader.num_rows,), 4))
     alone = lens.subject.residual(torch.tensor([lens.tokenizer(texts[0])["input_ids"]]))[0, -1]
     torch.testing.assert_close(read_by_subject(lens, texts).a_hat_BD[0], alone, atol=1e-4, rtol=1e-4)
     ids_BT, lengths_B = pad(to_ids(lens.tokenizer, texts))

@@ -27,6 +27,13 @@ class Verbalizer:
         "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
         ("block", "embedding"),
     )
+    end_token: str | None = setting(
+        None, "what ends a text of at most t_text tokens: eos, or a string that is one token; null: every text has exactly t_text tokens"
+    )
+    tag: str | None = setting(None, "the explanation is what stands between <tag> and </tag> in a text, e.g. explanation; null: all of it")
+    shortest_prefix: int | None = setting(
+        None, "rollouts are judged by their first tokens only, from so many to t_text, drawn once per activation and step; null: by all"
+    )
     mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
     checkpoint_every_n_tokens: int | None = setting(

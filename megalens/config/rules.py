@@ -27,7 +27,13 @@ POSITIVE = (
     "checkpoint.track_best_n",
     "fsdp.tensor_ranks",
 )
-POSITIVE_OR_NULL = ("dataset.max_documents", "pretokenize.num_proc", "verbalizer.checkpoint_every_n_tokens", "fsdp.shard_ranks")
+POSITIVE_OR_NULL = (
+    "dataset.max_documents",
+    "pretokenize.num_proc",
+    "verbalizer.checkpoint_every_n_tokens",
+    "verbalizer.shortest_prefix",
+    "fsdp.shard_ranks",
+)
 POSITIVE_OR_ALL = ("activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples")
 NOT_NEGATIVE = (
     "loader_workers",
@@ -76,6 +82,7 @@ def validate(config: Config) -> None:
     for key, schedule in schedules(config):
         _check_schedule(key, schedule)
     _check_loss(config)
+    _check_text(config)
     _check_data(config)
     _check_engine(config)
 
@@ -149,9 +156,20 @@ def _check_loss(config: Config) -> None:
         not config.kl_base_weight or config.batch_size % 2 == 0,
         "kl_base_weight needs an even batch_size: each sample is paired with another of the batch",
     )
+
+
+def _check_text(config: Config) -> None:
+    options, prefixes = config.verbalizer, config.evaluation.prefixes
+    _require(options.prompt.count("<act>") == 1, f"verbalizer.prompt={options.prompt!r} must hold the slot <act> exactly once")
+    _require(options.tag is None or options.tag.isidentifier(), f"verbalizer.tag={options.tag} must be one word, e.g. explanation")
+    _require(options.tag is None or options.end_token is not None, "verbalizer.tag needs texts that end; set verbalizer.end_token=eos")
     _require(
-        config.verbalizer.prompt.count("<act>") == 1,
-        f"verbalizer.prompt={config.verbalizer.prompt!r} must hold the slot <act> exactly once",
+        options.shortest_prefix is None or options.shortest_prefix <= config.t_text,
+        f"verbalizer.shortest_prefix={options.shortest_prefix} must not be more than t_text={config.t_text}",
+    )
+    _require(
+        all(0 < count <= config.t_text for count in prefixes),
+        f"evaluation.prefixes={prefixes} must lie between 1 and t_text={config.t_text}",
     )
 
 

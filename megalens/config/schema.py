@@ -23,7 +23,7 @@ class Config(WithWeights):
     tokenizer_name: str | None = setting(None, "null: the subject's own")
     trust_remote_code: bool = setting(False, "run code that comes with the model; only for models you trust")
     layer_l: int = setting(19, "activations are read after this decoder block (0-based)")
-    t_text: int = setting(8, "tokens of an explanation")
+    t_text: int = setting(8, "tokens of a text; the most, where verbalizer.end_token is set")
     run_name: str | None = setting(None, "folder under outputs/; null: the config file's name")
     output_dir: str = setting("outputs", "where runs are kept")
     seed: int = setting(0, "seed of sample order, initialisation and Gumbel noise")

@@ -31,6 +31,7 @@ class Given:
         batch: the rows, on the lens's device.
         texts: the lens's explanations of them.
         other_texts: explanations of other rows (:func:`partners`).
+        count_B: tokens of each copy: as many as the text in whose place it stands.
         mean_D: the mean of the TRAINING activations.
     """
 
@@ -38,6 +39,7 @@ class Given:
     batch: Batch
     texts: list[str]
     other_texts: list[str]
+    count_B: Tensor
     mean_D: Tensor
 
 
@@ -69,15 +71,15 @@ def _gold(given: Given) -> Rebuild:
 
 @source("copy_subject", "copy, untouched subject")
 def _copy_subject(given: Given) -> Rebuild:
-    """The context's last ``t_text`` tokens (fewer where it is shorter) through the subject's own blocks, without prompts or adapters."""
+    """As many of the context's last tokens (fewer where it is shorter) through the subject's own blocks, without prompts or adapters."""
     tokenizer, batch = given.lens.tokenizer, given.batch
-    return read_by_subject(given.lens, context_tails(tokenizer, batch["input_ids"], batch["position"], given.lens.config.t_text))
+    return read_by_subject(given.lens, context_tails(tokenizer, batch["input_ids"], batch["position"], given.count_B))
 
 
 @source("copy", "copy, same reconstructor")
 def _copy(given: Given) -> Rebuild:
     """The same tokens in the lens's ``tail_order``, so that its reconstructor reads them as they stood."""
-    return read_by_lens(given.lens, to_texts(given.lens.tokenizer, given.lens.tail_ids(given.batch)))
+    return read_by_lens(given.lens, to_texts(given.lens.tokenizer, *given.lens.tails(given.batch, given.count_B)))
 
 
 @source("lens", "LENS")
@@ -110,9 +112,10 @@ def read_by_subject(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
     return Rebuild(a_hat_BD, failed_B.to(a_hat_BD.device))
 
 
-def context_tails(tokenizer: PreTrainedTokenizerBase, input_ids_BC: Tensor, position_B: Tensor, count: int) -> list[str]:
-    """The last ``count`` tokens of each context up to P, as text."""
-    contexts = [row[: p + 1][-count:] for row, p in zip(input_ids_BC.tolist(), position_B.tolist(), strict=True)]
+def context_tails(tokenizer: PreTrainedTokenizerBase, input_ids_BC: Tensor, position_B: Tensor, count_B: Tensor) -> list[str]:
+    """The last ``count_B`` tokens of each context up to P, as text."""
+    places = zip(input_ids_BC.tolist(), position_B.tolist(), count_B.tolist(), strict=True)
+    contexts = [row[max(0, p + 1 - count) : p + 1] for row, p, count in places]
     return tokenizer.batch_decode(contexts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -22,9 +22,13 @@ from megalens.engine.base import to_device
 from megalens.evaluate.baselines import SOURCES, Given, partners
 from megalens.evaluate.measure import RowScorer, Said, Search
 from megalens.evaluate.metrics import figures, join, row_fve
+from megalens.evaluate.text import pad, to_ids, to_texts
 from megalens.evaluate.tokens import explain_ids
 from megalens.lens.lens import ConsistencyLens
 from megalens.statistics import ActivationStatistics
+
+AllRows = dict[str, dict[str, np.ndarray]]  # row statistics by source
+OF_LENGTH = ("lens", "copy", "copy_subject")  # sources that a text's length makes better or worse
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Result:
         roundtrip: share of the lens's explanations that are re-tokenised to the very tokens that were said.
         examples: the first rows: ``context``, ``explanation``, ``fve``, ``position``, ``doc_id``.
         documents: some contexts explained at every token: ``doc_id`` and ``tokens``, a list of ``token``, ``explanation``, ``fve``.
+        prefixes: ``{number: {source: {figure: value}}}`` of the explanations' first tokens alone, and of copies of that length.
     """
 
     setting: dict
@@ -45,6 +50,7 @@ class Result:
     roundtrip: float
     examples: list[dict] = field(default_factory=list)
     documents: list[dict] = field(default_factory=list)
+    prefixes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain dictionaries and lists."""
@@ -81,17 +87,21 @@ def evaluate(
     lens.eval()
     with tqdm(total=2 * len(batches) + len(documents), desc="evaluate", unit="batch", disable=not progress) as bar:
         said = _explanations(lens, loader, batches, search, bar)
-        rows = _row_statistics(lens, loader, batches, said.texts, partners(doc_ids), statistics, bar)
+        others = [said.texts[i] for i in partners(doc_ids)]
+        rows, shorter = _row_statistics(lens, loader, batches, said, others, statistics, options.prefixes, bar)
         explained = []
         for document in documents:
             tokens = explain_ids(lens, document.pop("ids"), statistics, search, options.batch_size)
             explained.append(document | {"tokens": [asdict(token) for token in tokens]})
             bar.update()
     lens.train(was_training)
-    measured = {source: figures(each, doc_ids, options.bootstrap) for source, each in rows.items()}
+    measured, *of_prefixes = (
+        {source: figures(each, doc_ids, options.bootstrap) for source, each in every.items()} for every in (rows, *shorter.values())
+    )
     examples = _examples(lens, loader.rows(range(min(options.examples, count))), said.texts, row_fve(rows["lens"]))
     setting = _setting(config, doc_ids) | {"search": search.name}
-    return Result(setting, measured, float(np.mean(said.round_trips)), examples, explained)
+    prefixes = dict(zip(map(str, shorter), of_prefixes, strict=True))
+    return Result(setting, measured, float(np.mean(said.round_trips)), examples, explained, prefixes)
 
 
 def training_statistics(config: Config, loaded: LoadedLens) -> tuple[ActivationStatistics, str]:
@@ -122,6 +132,7 @@ def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list
         part = search(lens, batch["activation"], batch["sample_id"])
         said.texts += part.texts
         said.round_trips += part.round_trips
+        said.unfinished += part.unfinished
         bar.update()
     return said
 
@@ -130,22 +141,43 @@ def _row_statistics(
     lens: ConsistencyLens,
     loader: ActivationLoader,
     batches: list[np.ndarray],
-    texts: list[str],
-    others: np.ndarray,
+    said: Said,
+    others: list[str],
     statistics: ActivationStatistics,
+    prefixes: list[int],
     bar: tqdm,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Per-row statistics of every source."""
-    parts: dict[str, list] = {source: [] for source in SOURCES}
+) -> tuple[AllRows, dict[int, AllRows]]:
+    """Per-row statistics of every source; and with the explanations' first tokens alone, of what depends on a text's length."""
+    parts: dict[int | None, dict[str, list]] = {count: {s: [] for s in (OF_LENGTH if count else SOURCES)} for count in (None, *prefixes)}
     for numbers in batches:
         batch = to_device(loader.rows(numbers), lens.mean.device)
         mean_D = statistics.mean.to(batch["activation"])
-        given = Given(lens, batch, [texts[i] for i in numbers], [texts[i] for i in others[numbers]], mean_D)
+        texts, other_texts = ([each[i] for i in numbers] for each in (said.texts, others))
         score = RowScorer(lens, batch, statistics)
-        for name, source in SOURCES.items():
-            parts[name].append(score(source.rebuild(given)))
+        for count, of_sources in parts.items():
+            shown, count_B = first_tokens(lens, texts, count)
+            given = Given(lens, batch, shown, other_texts, count_B.to(lens.mean.device), mean_D)
+            for name, statistics_of in of_sources.items():
+                statistics_of.append(score(SOURCES[name].rebuild(given)))
+        parts[None]["lens"][-1] |= said.rows(numbers, lens)
         bar.update()
-    return {source: join(each) for source, each in parts.items()}
+    whole, *shorter = ({source: join(each) for source, each in of_sources.items()} for of_sources in parts.values())
+    return whole, dict(zip(prefixes, shorter, strict=True))
+
+
+def first_tokens(lens: ConsistencyLens, texts: list[str], count: int | None = None) -> tuple[list[str], torch.Tensor]:
+    """The beginnings of explanations, and how many tokens a copy in the place of each may have.
+
+    Args:
+        count: tokens of a beginning; None: the texts whole. Copies of texts of a fixed length have that length.
+    """
+    if count is None and lens.frame.end_id is None:
+        return texts, torch.full((len(texts),), lens.config.t_text)
+    ids_BT, lengths_B = pad(to_ids(lens.tokenizer, texts))
+    if count is None:
+        return texts, lengths_B
+    lengths_B = lengths_B.clamp_max(count)
+    return to_texts(lens.tokenizer, ids_BT, lengths_B), lengths_B
 
 
 def _examples(lens: ConsistencyLens, batch: Batch, texts: list[str], fve: np.ndarray) -> list[dict]:
@@ -179,6 +211,7 @@ def _setting(config: Config, doc_ids: np.ndarray) -> dict:
         "model": config.model_name,
         "layer_l": config.layer_l,
         "t_text": config.t_text,
+        "end": config.verbalizer.end_token,
         "tail_order": config.tail_order,
         "train_mode": config.train_mode,
         "dataset": config.dataset_label,

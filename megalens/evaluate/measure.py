@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,17 +11,25 @@ from torch import Tensor
 
 from megalens.batch import Batch
 from megalens.evaluate.metrics import logit_statistics, mean_where_failed, row_statistics
-from megalens.evaluate.text import is_text, pad, to_ids
+from megalens.evaluate.text import is_text, pad, round_trips, to_ids, to_texts
 from megalens.lens.lens import ConsistencyLens
 from megalens.statistics import ActivationStatistics
 
 
 @dataclass
 class Said:
-    """Explanations of some activations, and whether each is re-tokenised to the very tokens that were said."""
+    """Explanations of some activations, and of each: is it re-tokenised to the very tokens that were said, and is it unfinished?"""
 
     texts: list[str]
     round_trips: list[bool]
+    unfinished: list[bool] = field(default_factory=list)
+
+    def rows(self, numbers: np.ndarray, lens: ConsistencyLens) -> dict[str, np.ndarray]:
+        """Row statistics of texts that end where they like: their tokens, and whether they are unfinished; none of others."""
+        if lens.frame.end_id is None:
+            return {}
+        tokens = [len(ids) for ids in to_ids(lens.tokenizer, [self.texts[i] for i in numbers])]
+        return {"tokens": np.array(tokens, float), "unfinished": np.array([self.unfinished[i] for i in numbers], float)}
 
 
 class Search(Protocol):
@@ -43,6 +51,19 @@ class Rebuild:
 
     a_hat_BD: Tensor
     failed_B: Tensor
+
+
+def said(lens: ConsistencyLens, ids_BT: Tensor) -> Said:
+    """The explanations in said texts ``[B, T]``, as strings; empty where a text should have tags and has failed."""
+    frame = lens.frame
+    lengths_B = frame.lengths(ids_BT)
+    texts = to_texts(lens.tokenizer, ids_BT, lengths_B)
+    if lengths_B is None:
+        return Said(texts, round_trips(lens.tokenizer, ids_BT, texts), [False] * len(texts))
+    unfinished = (lengths_B == ids_BT.shape[1]).tolist()
+    texts = ["" if cut and frame.tag else frame.explanation(text) for text, cut in zip(texts, unfinished, strict=True)]
+    explained = frame.explained(ids_BT, lengths_B)
+    return Said(texts, round_trips(lens.tokenizer, explained.of(ids_BT), texts, explained.lengths_B), unfinished)
 
 
 def read_by_lens(lens: ConsistencyLens, texts: list[str]) -> Rebuild:

@@ -17,6 +17,8 @@ kl              mean of KL(M(a) || M(a_hat)) at P, in nats
 kl_recovered    1 - sum kl / sum kl with mu patched in
 top1            share of rows where the most likely next token survives the patch
 failed          share of rows without a usable explanation or rebuild; they are scored as a_hat = mu
+tokens          mean number of tokens of an explanation; of the lens alone, where ``verbalizer.end_token`` is set
+unfinished      share of texts that did not end within ``t_text`` tokens; likewise
 ==============  =====================================================================================
 """
 
@@ -61,8 +63,8 @@ def _explained(name: str, error: str, spread: str, meaning: str) -> Figure:
     return Figure(name, (error, spread), value, 0, meaning)
 
 
-def _mean(name: str, meaning: str) -> Figure:
-    return Figure(name, (name,), lambda rows, weights_RN: weights_RN @ rows[name] / weights_RN.sum(1), 1, meaning)
+def _mean(name: str, meaning: str, table: int | None = 1) -> Figure:
+    return Figure(name, (name,), lambda rows, weights_RN: weights_RN @ rows[name] / weights_RN.sum(1), table, meaning)
 
 
 def _quantile(name: str, of: str, share: float) -> Figure:
@@ -98,6 +100,8 @@ FIGURES = (
     _mean("kl", "KL divergence, in nats, between the subject's next-token predictions with the activation and with the rebuild."),
     _mean("top1", "share of rows where the most likely next token stays the same."),
     _mean("failed", "share of rows without a usable text or rebuild; they are scored as the mean activation."),
+    _mean("tokens", "tokens of an explanation, where texts end where they like.", table=None),
+    _mean("unfinished", "share of texts that did not end within t_text tokens.", table=None),
     _quantile("cos_q05", "cos", 0.05),
     _quantile("cos_q50", "cos", 0.5),
     _quantile("cos_q95", "cos", 0.95),

@@ -10,7 +10,7 @@ from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.table import describe, interval, number
+from megalens.evaluate.table import by_length, describe, interval, number
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
@@ -47,10 +47,12 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         "<h2>How much of the activation the words hold</h2>",
         f'<div class="card">{_forest(result)}</div>',
         f'<p class="soft"><code>fve_nrm</code>{intervals_too}. Above the lens: gold and copies; below it: floors. '
-        f"A copy is the context&rsquo;s own last {s['t_text']} tokens in the explanation&rsquo;s place: it needs no lens, and a lens earns "
+        f"A copy is the context&rsquo;s own last {'' if s.get('end') else s['t_text']} tokens in the explanation&rsquo;s place"
+        f"{', as many as the text has' if s.get('end') else ''}: it needs no lens, and a lens earns "
         "its name when it beats it.</p>",
         "<h2>Every figure</h2>",
         *(_table(result, names) for names in TABLES),
+        *(["<h2>The first tokens alone</h2>", _cells(by_length(result))] if result.prefixes else []),
         f'<p class="soft">{escape(describe(result))} {result.roundtrip:.1%} of the explanations are re-tokenised to the very tokens '
         "that were said; all are read from their string.</p>",
         _definitions(),
@@ -102,7 +104,7 @@ def _setting(s: dict) -> str:
     shown = {
         "subject": s["model"],
         "after block": s["layer_l"],
-        "tokens per explanation": s["t_text"],
+        "tokens per explanation": f"up to {s['t_text']}" if s.get("end") else s["t_text"],
         "search": s["search"],
         "training": s.get("trained"),
         "trained weights": s["train_mode"],
@@ -132,6 +134,14 @@ def _table(result: Result, names: tuple[str, ...]) -> str:
         ours = ' class="ours"' if source == "lens" else ""
         rows.append(f'<tr{ours}><th scope="row">{escape(SOURCES[source].label)}</th>{cells}</tr>')
     return f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cells(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows[1:]
+    )
+    return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(figures: dict[str, float], name: str) -> str:

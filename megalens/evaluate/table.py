@@ -23,7 +23,21 @@ def table(result: Result) -> str:
         describe(result),
         f"The lens: cos at its 5, 50 and 95 % quantiles {quantiles}; {result.roundtrip:.1%} of its texts round-trip token for token.",
     ]
+    if "unfinished" in ours:
+        notes.append(f"Its explanations have {ours['tokens']:.1f} tokens in the mean; {ours['unfinished']:.1%} of its texts did not end.")
+    if result.prefixes:
+        blocks.append(align(by_length(result)))
     return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def by_length(result: Result) -> list[list[str]]:
+    """Cells of the table of what the lens's first tokens hold, and copies of as many: a row for each length, the whole text last."""
+    sources = [source for source in SOURCES if source in next(iter(result.prefixes.values()))]
+    rows = [["fve_nrm", *(SOURCES[source].label for source in sources)]]
+    for count, figures in [*result.prefixes.items(), ("", result.figures)]:
+        label = f"first {count} token" + "s" * (count != "1") if count else "whole text"
+        rows.append([label, *(interval(figures[source], "fve_nrm") for source in sources)])
+    return rows
 
 
 def interval(figures: dict[str, float], name: str) -> str:
@@ -55,10 +69,11 @@ def align(rows: list[list[str]], sides: str = "<>", gap: str = "  ") -> str:
 def describe(result: Result) -> str:
     """In one sentence, what the figures are of."""
     s = result.setting
+    tokens = f"up to {s['t_text']} tokens, each copy as long as its text" if s.get("end") else f"{s['t_text']} tokens"
     brackets = f"; brackets: 95 % interval over documents ({s['bootstrap']} resamples)" if s["bootstrap"] else ""
     return (
         f"{s['rows']} held-out activations of {s['documents']} documents ({s['dataset']}), {s['model']}, layer {s['layer_l']}, "
-        f"explanations ({s['search']}) and copies of {s['t_text']} tokens; measured against the statistics of the training "
+        f"explanations ({s['search']}) and copies of {tokens}; measured against the statistics of the training "
         f"activations ({s['statistics']}){brackets}."
     )
 

@@ -23,9 +23,15 @@ def check_text(text: str) -> None:
         raise EvaluationError(NO_TEXT)
 
 
-def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor) -> list[str]:
-    """The string of each row of tokens, special tokens left out."""
-    return tokenizer.batch_decode(ids_BT.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def to_texts(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, lengths_B: Tensor | None = None) -> list[str]:
+    """The string of each row of tokens, special tokens left out; ``lengths_B``: of its first tokens alone."""
+    return tokenizer.batch_decode(rows_of(ids_BT, lengths_B), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def rows_of(ids_BT: Tensor, lengths_B: Tensor | None = None) -> list[list[int]]:
+    """Right-padded ids as lists; :func:`pad`'s way back."""
+    rows = ids_BT.tolist()
+    return rows if lengths_B is None else [row[:length] for row, length in zip(rows, lengths_B.tolist(), strict=True)]
 
 
 def to_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -49,9 +55,9 @@ def is_text(text: str) -> bool:
     return bool(text.replace("\ufffd", "").strip())
 
 
-def round_trips(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, texts: list[str]) -> list[bool]:
-    """For each row, whether its string is tokenised to the very same tokens."""
-    return [row == again for row, again in zip(ids_BT.tolist(), to_ids(tokenizer, texts), strict=True)]
+def round_trips(tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, texts: list[str], lengths_B: Tensor | None = None) -> list[bool]:
+    """For each row, whether its string is tokenised to the very same tokens; ``lengths_B``: to the first of them."""
+    return [row == again for row, again in zip(rows_of(ids_BT, lengths_B), to_ids(tokenizer, texts), strict=True)]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

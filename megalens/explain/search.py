@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from megalens.evaluate import EvaluationError
-from megalens.evaluate.measure import Said, Search, read_by_lens
+from megalens.evaluate.measure import Said, Search, read_by_lens, said
 from megalens.evaluate.metrics import normalised_error
-from megalens.evaluate.text import round_trips, to_texts
 from megalens.lens.lens import ConsistencyLens
 from megalens.ops import noise_keys
 
@@ -30,7 +29,7 @@ class Greedy:
 
     def __call__(self, lens: ConsistencyLens, a_BD: Tensor, row_B: Tensor) -> Said:
         """Explain activations ``[B, D]``."""
-        return _said(lens, lens.verbalize(a_BD))
+        return said(lens, lens.verbalize(a_BD))
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,10 @@ class BestOf:
         candidates = [Greedy()(lens, a_BD, row_B)]
         for draw in range(1, self.k):
             keys = partial(noise_keys, lens.config.seed, 0, row_B, draw=draw)
-            candidates.append(_said(lens, lens.verbalizer.decode(a_BD, keys, noise=self.noise).ids_BT))
+            candidates.append(said(lens, lens.verbalizer.decode(a_BD, keys, noise=self.noise).ids_BT))
         errors_KB = np.stack([_errors(lens, a_BD, each.texts) for each in candidates])
         best_B = errors_KB.argmin(0)
-        return Said(
-            [candidates[k].texts[i] for i, k in enumerate(best_B)],
-            [candidates[k].round_trips[i] for i, k in enumerate(best_B)],
-        )
+        return Said(*([getattr(candidates[k], name)[i] for i, k in enumerate(best_B)] for name in ("texts", "round_trips", "unfinished")))
 
 
 class Asked(NamedTuple):
@@ -102,11 +98,6 @@ def search_named(spelling: str) -> Search:
         return SEARCHES[name].make(*arguments)
     except (KeyError, TypeError, ValueError):
         raise EvaluationError(f"'{spelling}' is no search; write {', or '.join(asked.usage for asked in SEARCHES.values())}") from None
-
-
-def _said(lens: ConsistencyLens, ids_BT: Tensor) -> Said:
-    texts = to_texts(lens.tokenizer, ids_BT)
-    return Said(texts, round_trips(lens.tokenizer, ids_BT, texts))
 
 
 def _errors(lens: ConsistencyLens, a_BD: Tensor, texts: list[str]) -> np.ndarray:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.adapters import adapter_start
+from megalens.lens.frame import Frame
 from megalens.lens.names import GROUPS, group_of, module_names, stable_name
 from megalens.lens.prompts import prompts_of, window_of
 from megalens.lens.reconstructor import Reconstructor
@@ -53,6 +54,7 @@ class ConsistencyLens(nn.Module):
         if config.verbalizer.inject == "block" and config.layer_l + 1 >= subject.num_blocks:
             raise ConfigError(f"layer_l={config.layer_l} is the last block: no block above it can speak; set verbalizer.inject=embedding")
         self.config, self.subject, self.tokenizer, self.objective = config, subject, tokenizer, objective
+        self.frame = Frame(config, tokenizer)
         mean_D, var_D = mean_D.to(subject.device), var_D.to(subject.device)
         self.register_buffer("mean", mean_D.float(), persistent=False)
         self.register_buffer("var", var_D.float(), persistent=False)
@@ -88,7 +90,7 @@ class ConsistencyLens(nn.Module):
 
     @torch.no_grad()
     def verbalize(self, a_BD: Tensor) -> Tensor:
-        """Greedy explanations ``[B, t_text]`` (token ids) of activations ``[B, D]``."""
+        """Greedy texts ``[B, t_text]`` (token ids) of activations ``[B, D]``; :attr:`frame` tells where they end."""
         return self.verbalizer.decode(a_BD.to(self.mean.device)).ids_BT
 
     def decode(self, a_BD: Tensor, sample_id_B: Tensor, update: int, tau: float) -> Text:
@@ -122,9 +124,16 @@ class ConsistencyLens(nn.Module):
         device = self.mean.device
         return self.reconstructor(self.subject.lm.embed(ids_BT.to(device)), lengths_B.to(device))
 
-    def tail_ids(self, batch: Batch) -> Tensor:
-        """The contexts' tails ``[B, t_text]`` in ``tail_order``."""
-        return tail_ids(batch["input_ids"], batch["position"], self.config.t_text, self.config.tail_order)
+    def tails(self, batch: Batch, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The contexts' tails in ``tail_order``, as explanations ``[B, W]``, and how many tokens each has; None: all.
+
+        Args:
+            lengths_B: how many each shall have; None: ``t_text``, or with an end token as many as there is room and context for.
+        """
+        reach, position_B = self.frame.room if lengths_B is None else max(1, int(lengths_B.max())), batch["position"]
+        if self.frame.end_id is not None:
+            lengths_B = (position_B + 1).clamp_max(reach if lengths_B is None else lengths_B)
+        return tail_ids(batch["input_ids"], position_B, reach, self.config.tail_order, lengths_B), lengths_B
 
     # ------------------------------------------------------------------------------------------------- its parameters
 

@@ -54,6 +54,27 @@ def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     )
 
 
+def end_id_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a text, as ``verbalizer.end_token`` says; None: texts have a fixed length.
+
+    Raises:
+        ConfigError: it is no single token, or the tokenizer has no end-of-text token.
+    """
+    end = config.verbalizer.end_token
+    if end is None:
+        return None
+    if end == "eos":
+        if not isinstance(tokenizer.eos_token_id, int):
+            raise ConfigError(
+                "verbalizer.end_token=eos, and the tokenizer has no end-of-text token; name a token, e.g. verbalizer.end_token='.'"
+            )
+        return tokenizer.eos_token_id
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ConfigError(f"verbalizer.end_token={end!r} must be eos or one token of the tokenizer, and it is {len(ids)}")
+    return ids[0]
+
+
 def check_fits(config: Config, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a configuration of which the subject cannot read a context, a prompt with its text, or a token.
 

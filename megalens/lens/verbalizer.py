@@ -16,8 +16,8 @@ from megalens.config import Config
 from megalens.families.adapters import adapter, add_adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
-from megalens.lens.prompts import prompts_of
-from megalens.lens.text import Text
+from megalens.lens.prompts import end_id_of, prompts_of
+from megalens.lens.text import Text, ended
 from megalens.ops import gumbel_embed, vocab_log_prob
 
 
@@ -108,6 +108,7 @@ class Verbalizer(nn.Module):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, mode = config.verbalizer, config.mode_of("verbalizer")
+        self.end_id = end_id_of(config, tokenizer)
         self.t_text, self.checkpoint_every = config.t_text, options.checkpoint_every_n_tokens
         left_ids, right_ids, *_ = prompts_of(config, tokenizer)
         embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
@@ -147,7 +148,7 @@ class Verbalizer(nn.Module):
         noise: float = 1.0,
         sample_id_B: Tensor | None = None,
     ) -> Text:
-        """Decode ``t_text`` tokens from activations ``[B, D]``.
+        """Decode ``t_text`` tokens from activations ``[B, D]``; with an end token, what stands behind it counts for nothing.
 
         Args:
             keys: noise key ``[B]`` of each token index (:func:`megalens.ops.noise_keys`); None: greedy, without noise.
@@ -220,7 +221,7 @@ class Verbalizer(nn.Module):
             last = min(first + every, self.t_text - 1)
             hidden_BD, cache, drawn = run(text[-1].embeds_BD, cache, first, last)
             text += [*drawn, draw(hidden_BD, last)]
-        return Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True)))
+        return ended(Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True))), self.end_id)
 
     def _log_prob_of(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
         hidden_BD, cache = self._start(a_BD)

@@ -89,9 +89,9 @@ class Pass:
         return self.lens.read(self.batch)
 
     @cached_property
-    def tail_BT(self) -> Tensor:
-        """The contexts' tails ``[B, T]``, in the order of an explanation."""
-        return self.lens.tail_ids(self.batch)
+    def tails(self) -> tuple[Tensor, Tensor | None]:
+        """The contexts' tails as explanations ``[B, W]``, in their order, and the tokens of each ``[B]``; None: all."""
+        return self.lens.tails(self.batch)
 
     @cached_property
     def text(self) -> Text:
@@ -103,7 +103,9 @@ class Pass:
     def a_hat_BD(self) -> Tensor:
         """The rebuild of the soft text ``[B, D]``."""
         text = self.text
-        return self.lens.reconstructor(text.embeds_BTD if self.config.text_gradient else text.embeds_BTD.detach(), text.lengths_B)
+        explained = self.lens.frame.explained(text.ids_BT, text.lengths_B)
+        embeds_BTD = text.embeds_BTD if self.config.text_gradient else text.embeds_BTD.detach()
+        return self.lens.reconstructor(explained.of(embeds_BTD), explained.lengths_B)
 
     @property
     def rollouts(self) -> Rollouts:

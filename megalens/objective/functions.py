@@ -12,6 +12,19 @@ def relative_mse(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
     return ((a_BD - a_hat_BD).square().sum(-1) / a_BD.square().sum(-1).clamp_min(1e-12)).mean()
 
 
+def token_mean(x_BT: Tensor, weight_BT: Tensor | None = None) -> Tensor:
+    """Mean over rows of each row's mean over its tokens, so that any division of a batch among ranks gives the same.
+
+    Args:
+        x_BT: a figure of each token.
+        weight_BT: the weight of each, or which of them count; None: all alike. A row without any counts as 0.
+    """
+    if weight_BT is None:
+        return x_BT.mean()
+    weight_BT = weight_BT.to(x_BT.dtype)
+    return ((x_BT.where(weight_BT > 0, 0.0) * weight_BT).sum(1) / weight_BT.sum(1).clamp_min(1e-12)).mean()
+
+
 def kl_from_logits(p_logits_BV: Tensor, q_logits_BV: Tensor) -> Tensor:
     """KL(p || q) per row, in nats."""
     p, q = p_logits_BV.log_softmax(-1), q_logits_BV.log_softmax(-1)

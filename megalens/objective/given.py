@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megalens.lens.text import drawn
 from megalens.objective.base import Pass, Term
-from megalens.objective.functions import relative_mse
+from megalens.objective.functions import relative_mse, token_mean
 
 
 class TailSay(Term):
@@ -14,7 +15,9 @@ class TailSay(Term):
     name, key, needs = "tail_say", "tail_say_weight", frozenset({"tails"})
 
     def __call__(self, made: Pass) -> Tensor:
-        return -made.lens.verbalizer.log_prob_of(made.activation_BD, made.tail_BT).mean()
+        ids_BT, lengths_B = made.lens.frame.put(*made.tails)
+        log_prob_BT = made.lens.verbalizer.log_prob_of(made.activation_BD, ids_BT)
+        return -token_mean(log_prob_BT, None if lengths_B is None else drawn(lengths_B, ids_BT.shape[1]))
 
 
 class TailRead(Term):
@@ -23,5 +26,5 @@ class TailRead(Term):
     name, key, needs = "tail_read", "tail_read_weight", frozenset({"tails"})
 
     def __call__(self, made: Pass) -> Tensor:
-        embeds_BTD = made.lens.subject.lm.embed(made.tail_BT)
-        return relative_mse(made.activation_BD, made.lens.reconstructor(embeds_BTD))
+        ids_BW, lengths_B = made.tails
+        return relative_mse(made.activation_BD, made.lens.reconstructor(made.lens.subject.lm.embed(ids_BW), lengths_B))

@@ -32,8 +32,9 @@ class ReferenceStep(nn.Module):
         lens, weights = self.lens, self.lens.objective.weights(at)
         a_BD = batch["activation"]
         ids_BT, embeds_BTD, logits_BTV, entropy_BT = decode(lens, batch, at)
-        a_hat_BD = reconstruct(lens, embeds_BTD)
-        terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": entropy_BT.mean()}
+        rows, lengths = range(len(ids_BT)), text_lengths(lens, ids_BT)
+        a_hat_BD = torch.cat([reconstruct(lens, embeds_BTD[i : i + 1, : lengths[i]]) for i in rows])
+        terms = {"mse": relative_mse(a_BD, a_hat_BD), "entropy": torch.stack([entropy_BT[i, : lengths[i] + 1].mean() for i in rows]).mean()}
         if weights["kl"]:
             patched_BD = a_hat_BD + resample_error(a_BD.to(a_hat_BD.dtype), a_hat_BD)
             with torch.no_grad():
@@ -43,7 +44,8 @@ class ReferenceStep(nn.Module):
             plain_ids = torch.cat([lens.plain_ids.expand(len(a_BD), -1), ids_BT], dim=1)
             with torch.no_grad(), adapter(lens.subject.lm, None):
                 plain_BTV = lens.subject.lm.model(plain_ids).logits[:, lens.plain_ids.shape[1] - 1 : -1]
-            terms["lm"] = kl_from_logits(logits_BTV, plain_BTV.to(logits_BTV.dtype)).mean()
+            kl_BT = kl_from_logits(logits_BTV, plain_BTV.to(logits_BTV.dtype))
+            terms["lm"] = torch.stack([kl_BT[i, : lengths[i] + 1].mean() for i in rows]).mean()
         return {"loss": weighted_sum(terms, weights)} | {name: value.detach() for name, value in terms.items()}
 
 
@@ -76,6 +78,11 @@ def decode(lens: ConsistencyLens, batch: Batch, at: Step) -> tuple[Tensor, Tenso
             entropies.append(drawn[4])
             logits.append(lm.logits(normed_BD))
     return torch.stack(ids, 1), torch.cat(text, 1), torch.stack(logits, 1), torch.stack(entropies, 1)
+
+
+def text_lengths(lens: ConsistencyLens, ids_BT: Tensor) -> list[int]:
+    """How many tokens of each text stand before its end token; all where it says none, or there is none."""
+    return [row.index(lens.verbalizer.end_id) if lens.verbalizer.end_id in row else len(row) for row in ids_BT.tolist()]
 
 
 def reconstruct(lens: ConsistencyLens, embeds_BTD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from megalens.config import Config
 from megalens.families.causal_lm import CausalLM
 from megalens.objective.base import Pass, Term
-from megalens.objective.functions import relative_mse, resample_error
+from megalens.objective.functions import relative_mse, resample_error, token_mean
 from megalens.objective.step import Step
 from megalens.ops import vocab_kl
 
@@ -26,7 +26,7 @@ class Mse(Term):
 
 
 class Entropy(Term):
-    """Entropy of the verbalizer's next-token distributions over the text, in nats: its weight is a bonus."""
+    """Entropy of the verbalizer's next-token distributions over the text, in nats, the end among its tokens: its weight is a bonus."""
 
     name, key, needs, free, trains_text = "entropy", "entropy_weight", frozenset({"text"}), True, True
 
@@ -35,7 +35,7 @@ class Entropy(Term):
         return -super().weight(at)
 
     def __call__(self, made: Pass) -> Tensor:
-        return made.text.entropy_BT.mean()
+        return token_mean(made.text.entropy_BT, made.text.drawn_BT)
 
 
 class FunctionalKl(Term):
@@ -66,7 +66,8 @@ class LanguageKl(Term):
     def __call__(self, made: Pass) -> Tensor:
         text, subject = made.text, made.lens.subject
         plain_BTD = subject.next_states(made.lens.plain_ids, text.ids_BT)
-        return next_token_kl(subject.lm, text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1)).mean()
+        kl_N = next_token_kl(subject.lm, text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1))
+        return token_mean(kl_N.view(text.ids_BT.shape), text.drawn_BT)
 
 
 def next_token_kl(lm: CausalLM, p_ND: Tensor, q_ND: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ class Validator:
             ((_, rollouts),) = with_rollouts([batch], self.engine.sample([batch], at))
             for name, value in self.lens(batch, at, *rollouts).items():
                 losses[name] = losses.get(name, 0.0) + value.item() * len(batch["position"]) / len(self._rows)
-            texts = self.search(self.lens, batch["activation"], batch["sample_id"]).texts
-            rows = RowScorer(self.lens, batch, self.statistics)(read_by_lens(self.lens, texts))
-            parts.append(rows)
-            samples += self._samples(batch, texts, row_fve(rows)) if self.engine.is_main else []
+            said = self.search(self.lens, batch["activation"], batch["sample_id"])
+            rows = RowScorer(self.lens, batch, self.statistics)(read_by_lens(self.lens, said.texts))
+            parts.append(rows | said.rows(np.arange(len(said.texts)), self.lens))
+            samples += self._samples(batch, said.texts, row_fve(rows)) if self.engine.is_main else []
         self.lens.train()
         rows = join(self.engine.gather(join(parts))[:: self.engine.world_size // self.engine.data_ranks])
         measured = figures(rows)
