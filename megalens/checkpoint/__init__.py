@@ -7,6 +7,8 @@
         lens.json            what the lens is: format, configuration, subject's fingerprint, versions
         stats.safetensors    statistics of the training activations, mean and variance that the lens standardises by
         trainer.json         where the training stands
+        reference.safetensors
+                             the verbalizer as it was when the training began; only where terms.reference_kl has a weight
         engine/optimizer.safetensors
                              the optimizer's state: step, exp_avg.<name> and exp_avg_sq.<name>
         checksums.json       xxh3_64 of every other file

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from megalens.config.fields import ConfigError, Schedule, Weight
 from megalens.config.reading import config_from_dict, config_to_dict, config_to_yaml, load_config
-from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, ReconstructorRates, Verbalizer, VerbalizerRates
+from megalens.config.roles import (
+    Lora,
+    LrMultipliers,
+    LrScheduler,
+    Reconstructor,
+    ReconstructorRates,
+    Reference,
+    Verbalizer,
+    VerbalizerRates,
+)
 from megalens.config.rules import validate
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
 from megalens.config.schema import Config
@@ -25,6 +34,7 @@ __all__ = [
     "Pretokenize",
     "Reconstructor",
     "ReconstructorRates",
+    "Reference",
     "Schedule",
     "Validation",
     "Verbalizer",

@@ -52,6 +52,19 @@ class Reconstructor:
 
 
 @dataclass
+class Reference:
+    """The verbalizer as it was when the training began, which terms.reference_kl stays near."""
+
+    estimator: str = setting(
+        "k2",
+        "of the KL, from sampled tokens, d = log-prob - reference's: k2 (d^2 / 2; the gradient of KL(verbalizer || reference)) | "
+        "k3 (exp(-d) - 1 + d; that of KL(reference || verbalizer))",
+        ("k1", "k2", "k3"),
+    )
+    clamp: float = setting(12.0, "k3: where -d is greater its gradient grows no more")
+
+
+@dataclass
 class VerbalizerRates(WithWeights):
     """Factors on learning_rate for what is trained of the verbalizer."""
 

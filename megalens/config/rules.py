@@ -150,6 +150,11 @@ def _check_loss(config: Config) -> None:
     weights = [config.mse_weight, config.kl_base_weight, config.lm_base_weight, config.entropy_weight]
     weights += [config.tail_say_weight, config.tail_read_weight, *config.terms.values()]
     _require(any(weights), "every loss weight is 0; set mse_weight, kl_base_weight, lm_base_weight, tail_say_weight or tail_read_weight")
+    _require(
+        config.reference.estimator != "k1",
+        "reference.estimator=k1 cannot train: the gradient of the mean of d is zero in expectation; take k2 or k3",
+    )
+    _require(config.reference.clamp > 0, f"reference.clamp={config.reference.clamp} must be greater than 0")
     least = min(config.gumbel_tau_schedule.ends)
     _require(least > 0, f"gumbel_tau_schedule: tau must be greater than 0, not {least}")
     _require(

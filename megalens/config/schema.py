@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalens.config.fields import Schedule, Weight, WithWeights, as_weight, setting, weight
-from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, Verbalizer
+from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, Reference, Verbalizer
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
 from megalens.config.text import ActivationDumper, Dataset, Pretokenize
 
@@ -51,6 +51,7 @@ class Config(WithWeights):
     lora: Lora = setting(Lora(), "adapters")
     verbalizer: Verbalizer = setting(Verbalizer(), "activation to text")
     reconstructor: Reconstructor = setting(Reconstructor(), "text to activation")
+    reference: Reference = setting(Reference(), "terms.reference_kl")
     init_from: str | None = setting(
         None, "where the lens starts: a checkpoint folder, or the config file of the run whose best one it is; null: fresh"
     )

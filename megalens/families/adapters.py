@@ -49,6 +49,17 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora: Lora, seed: int) -
     return added
 
 
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The module with each layer that carries adapters replaced by the layer alone."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, part in list(module.named_modules()):
+        if isinstance(part, LoraLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, part.base_layer)
+    return module
+
+
 def adapter_start(seed: int, name: str, shape: torch.Size) -> Tensor:
     """What a LoRA matrix starts as: a function of the seed and its name, whoever makes it and in whatever order.
 

@@ -30,6 +30,7 @@ class ConsistencyLens(nn.Module):
         tokenizer: its tokenizer.
         mean_D, var_D: per-dimension mean and variance of the training activations.
         objective: what trains it (:class:`megalens.objective.Objective`); None: it is only used.
+        to_train: False: keep no copy of the verbalizer as it is now, whatever the objective wants.
 
     Raises:
         ConfigError: ``layer_l`` is the last block while the activation enters there (no block above to speak).
@@ -38,6 +39,7 @@ class ConsistencyLens(nn.Module):
     mean: Tensor
     var: Tensor
     plain_ids: Tensor
+    reference: Verbalizer | None
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class ConsistencyLens(nn.Module):
         mean_D: Tensor,
         var_D: Tensor,
         objective: Any = None,
+        to_train: bool = True,
     ):
         super().__init__()
         if mean_D.shape != (subject.d,):
@@ -61,6 +64,10 @@ class ConsistencyLens(nn.Module):
         with torch.device(subject.device):
             self.verbalizer = Verbalizer(config, subject.lm, tokenizer, mean_D, var_D)
             self.reconstructor = Reconstructor(config, subject.lm, tokenizer, mean_D, var_D)
+            self.reference = None
+            if to_train and objective is not None and objective.wants_reference:
+                self.reference = Verbalizer(config, subject.lm, tokenizer, mean_D, var_D, frozen_as="reference")
+        self._set_reference()
         plain = prompts_of(config, tokenizer).plain
         self.register_buffer("plain_ids", torch.tensor([plain], device=subject.device), persistent=False)
         if config.compile:
@@ -135,6 +142,17 @@ class ConsistencyLens(nn.Module):
             lengths_B = (position_B + 1).clamp_max(reach if lengths_B is None else lengths_B)
         return tail_ids(batch["input_ids"], position_B, reach, self.config.tail_order, lengths_B), lengths_B
 
+    @torch.no_grad()
+    def reference_log_prob(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Log-probabilities ``[B, T]``, in nats, that the verbalizer gave to texts when the training began.
+
+        Raises:
+            ValueError: no weight asks for the reference, so none was kept.
+        """
+        if self.reference is None:
+            raise ValueError("the verbalizer as it was when the training began is kept only where terms.reference_kl has a weight")
+        return self.reference.log_prob_of(a_BD, ids_BT)
+
     # ------------------------------------------------------------------------------------------------- its parameters
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -148,8 +166,8 @@ class ConsistencyLens(nn.Module):
     def shard_units(self) -> list[list[nn.Module]]:
         """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
         lm = self.subject.lm
-        whole = [*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values(), self.verbalizer.projection]
-        whole.append(self.reconstructor.head)
+        whole = [*self._all_blocks(), self.verbalizer.projection, self.reconstructor.head]
+        whole += [self.reference.projection] if self.reference is not None else []
         vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
         inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
         rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
@@ -157,18 +175,22 @@ class ConsistencyLens(nn.Module):
 
     def slicing(self, ranks: int) -> dict[nn.Module, dict[str, str]]:
         """How ``ranks`` can slice layers among them (tensor parallelism): by module and path within it, see :meth:`CausalLM.slicing`."""
-        lm = self.subject.lm
-        return dict.fromkeys([*lm.blocks, *self.verbalizer.own.values(), *self.reconstructor.own.values()], lm.slicing(ranks))
+        return dict.fromkeys(self._all_blocks(), self.subject.lm.slicing(ranks))
 
     def lens_state_names(self) -> list[str]:
-        """Names in the module of all that is not the frozen subject: what a checkpoint of the lens holds (under stable names)."""
-        return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]
+        """Names in the module of all that is neither the frozen subject nor the reference: what a lens is (under stable names)."""
+        return [name for name in self._state_names() if not _is_of_reference(name)]
+
+    def reference_state_names(self) -> list[str]:
+        """Names in the module of what the verbalizer was when the training began; none where no term wants it."""
+        return [name for name in self._state_names() if _is_of_reference(name)]
 
     def load_lens_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take over the weights of a checkpoint.
 
         Args:
-            state: weights by their stable names (:mod:`megalens.lens.names`).
+            state: weights by their stable names (:mod:`megalens.lens.names`). Where it holds no reference, the state's own verbalizer
+                becomes it: a training that starts from this lens stays near this lens.
 
         Returns:
             The same by the names that parameters have in this module, for an engine.
@@ -176,7 +198,9 @@ class ConsistencyLens(nn.Module):
         Raises:
             ConfigError: weights are missing, unknown, or of another shape.
         """
-        parameters, names = dict(self.named_parameters()), module_names(self.lens_state_names())
+        parameters, names = dict(self.named_parameters()), module_names(self._state_names())
+        if self.reference is not None:
+            state = {_as_reference(name): value for name, value in state.items() if name.startswith("verbalizer.")} | state
         wanted = {stable: tuple(parameters[name].shape) for stable, name in names.items()}
         found = {name: tuple(value.shape) for name, value in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
@@ -195,7 +219,8 @@ class ConsistencyLens(nn.Module):
         """What a parameter that is on the meta device starts as: a block's weights (the lens' own are copies), or an adapter's."""
         lm, (role, rest) = self.subject.lm, name.split(".", 1)
         if ".lora_" in name:
-            return adapter_start(self.config.seed, rest.removeprefix("lm."), self.get_parameter(name).shape)
+            as_first_named = rest.removeprefix("lm.").replace(".reference.", ".verbalizer.")
+            return adapter_start(self.config.seed, as_first_named, self.get_parameter(name).shape)
         files = self.subject.files
         if files is None:
             raise ValueError(f"{name} has no values to start from: the subject was loaded whole")
@@ -204,3 +229,30 @@ class ConsistencyLens(nn.Module):
         index, within = rest.removeprefix("own.").split(".", 1)
         block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
         return files.read(f"{block}.{within}")
+
+    def _all_blocks(self) -> list[nn.Module]:
+        """The subject's blocks and every role's own."""
+        own = [self.verbalizer.own, self.reconstructor.own, *([] if self.reference is None else [self.reference.own])]
+        return [*self.subject.lm.blocks, *(block for blocks in own for block in blocks.values())]
+
+    def _state_names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if not name.startswith("subject.") or ".lora_" in name]
+
+    @torch.no_grad()
+    def _set_reference(self) -> None:
+        """Make the reference what the verbalizer is now, but for what is on the meta device."""
+        if self.reference is None:
+            return
+        names = module_names(self._state_names())
+        for stable, name in names.items():
+            if stable.startswith("verbalizer.") and not (value := self.get_parameter(name)).is_meta:
+                self.get_parameter(names[_as_reference(stable)]).copy_(value)
+
+
+def _is_of_reference(name: str) -> bool:
+    return name.startswith("reference.") or ".reference." in name
+
+
+def _as_reference(stable: str) -> str:
+    """What a weight of the verbalizer is called in the reference."""
+    return f"reference.{stable.removeprefix('verbalizer.')}"

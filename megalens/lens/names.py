@@ -9,6 +9,7 @@
 ``reconstructor.prompt``, ``.suffix``              ``[L, D]``
 ``reconstructor.head.weight``, ``.bias``           ``[D, D]``, ``[D]``
 ``reconstructor.adapters``, ``.blocks``            as the verbalizer's
+``reference.<rest>``                               as the verbalizer's: what it was when the training began
 =================================================  ==================================================================
 
 ``<block>`` counts the subject's decoder blocks from 0, wherever its family keeps them; ``<path>`` is the family's own within a block.
@@ -20,13 +21,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-_ROLE = "(verbalizer|reconstructor)"
+_SPEAKER = "(verbalizer|reference)"
+_ROLE = "(verbalizer|reconstructor|reference)"
 _RULES = tuple(
     (re.compile(pattern), stable)
     for pattern, stable in (
         (rf"{_ROLE}\.(prompt|suffix)\.weight", r"\1.\2"),
-        (r"(verbalizer\.projection|reconstructor\.head)\.linear\.(weight|bias)", r"\1.\2"),
-        (r"verbalizer\.own_norm\.(.+)", r"verbalizer.norm.\1"),
+        (rf"{_SPEAKER}\.projection\.linear\.(weight|bias)", r"\1.projection.\2"),
+        (r"reconstructor\.head\.linear\.(weight|bias)", r"reconstructor.head.\1"),
+        (rf"{_SPEAKER}\.own_norm\.(.+)", r"\1.norm.\2"),
         (rf"{_ROLE}\.own\.(\d+)\.(.+)", r"\1.blocks.\2.\3"),
         # The first number in a path is the block's; further ones (experts) are within the block.
         (rf"subject\.lm\.model\.(?:[^.]*[^.\d][^.]*\.)+(\d+)\.(.+)\.lora_([AB])\.{_ROLE}\.weight", r"\4.adapters.\1.\2.\3"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from megalens.config import Config
-from megalens.families.adapters import adapter, add_adapter
+from megalens.families.adapters import adapter, add_adapter, without_adapters
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.prompts import end_id_of, prompts_of
@@ -22,7 +23,7 @@ from megalens.ops import gumbel_embed, vocab_log_prob
 
 
 class OwnBlocks(nn.ModuleDict):
-    """Copies of the subject's blocks, by their number, that a role trains for itself (mode full).
+    """Copies of the subject's blocks, by their number, that a role trains for itself (mode full), without other roles' adapters.
 
     They stay as in evaluation (no dropout, no jitter of a router), so that a fresh role computes what the subject does.
 
@@ -32,7 +33,7 @@ class OwnBlocks(nn.ModuleDict):
     """
 
     def __init__(self, blocks: nn.ModuleList, numbers: Iterable[int] = ()):
-        super().__init__({str(i): deepcopy(blocks[i]) for i in numbers})
+        super().__init__({str(i): without_adapters(deepcopy(blocks[i])) for i in numbers})
         self.requires_grad_(True)
         self.eval()
 
@@ -100,11 +101,20 @@ class Verbalizer(nn.Module):
         lm: the subject's model, shared and frozen.
         tokenizer: the subject's.
         mean_D, var_D: statistics of the training activations.
+        frozen_as: make one that is not trained, without dropout, whose adapters have this name; None: the one that is trained.
     """
 
     lm: CausalLM
 
-    def __init__(self, config: Config, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, mean_D: Tensor, var_D: Tensor):
+    def __init__(
+        self,
+        config: Config,
+        lm: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        mean_D: Tensor,
+        var_D: Tensor,
+        frozen_as: str | None = None,
+    ):
         super().__init__()
         self.__dict__["lm"] = lm  # shared: registered once, in the subject
         options, mode = config.verbalizer, config.mode_of("verbalizer")
@@ -132,8 +142,12 @@ class Verbalizer(nn.Module):
         self.own_norm = deepcopy(lm.norm) if mode == "full" else None
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
-        self.adapter = "verbalizer" if mode == "lora" and len(trained) else None
-        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
+        self.adapter = (frozen_as or "verbalizer") if mode == "lora" and len(trained) else None
+        lora = replace(config.lora, dropout=0.0) if frozen_as else config.lora
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, lora, config.seed) if self.adapter else {}
+        if frozen_as:
+            for parameter in (*self.parameters(), *self.adapter_parameters.values()):
+                parameter.requires_grad_(False)
 
     def forward(self, method: str, *args: Any, **options: Any) -> Any:
         """Every use goes through here, so that engines' hooks on the module see it."""

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
+from megalens.config.rules import schedules
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.subject import Read
 from megalens.lens.text import Rollouts, Text
 from megalens.objective.functions import weighted_sum
 from megalens.objective.step import Step
 
-NEEDS = ("read", "tails", "text", "rebuild", "rollouts")
+NEEDS = ("read", "tails", "text", "rebuild", "rollouts", "reference")
 
 
 class Term(ABC):
@@ -30,7 +31,8 @@ class Term(ABC):
     Attributes:
         name: in the metrics.
         needs: which of :data:`NEEDS` it asks its pass for: the subject's ``read`` of the contexts, the contexts' ``tails``, the soft
-            ``text`` of a decode, its ``rebuild``, sampled ``rollouts``.
+            ``text`` of a decode, its ``rebuild``, sampled ``rollouts``, the ``reference`` (the verbalizer as the training found it, kept
+            where such a term ever has a weight).
         free: is it measured at weight 0 too, where other terms need the same?
         trains_text: does its gradient go through the soft text into the verbalizer?
         draws: how many rollouts of each activation it wants.
@@ -136,6 +138,12 @@ class Objective:
         if unknown:
             known = ", ".join(term.key for term in self.terms)
             raise ConfigError(f"terms.{min(unknown)} is the weight of no term of the objective; there are: {known}")
+
+    @property
+    def wants_reference(self) -> bool:
+        """Does a term that ever has a weight need the verbalizer as it was when the training began?"""
+        ever = dict(schedules(self.config))
+        return any("reference" in term.needs and any(ever[term.key].ends) for term in self.terms if term.key in ever)
 
     def weights(self, at: Step) -> dict[str, float]:
         """The weight of every term at a step."""

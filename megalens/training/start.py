@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import check_checkpoint, read_json
-from megalens.checkpoint.formats.megalens import check_subject, read_about, read_standard, read_statistics, read_weights
+from megalens.checkpoint.formats.megalens import check_subject, read_about, read_reference, read_standard, read_statistics, read_weights
 from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
 from megalens.data.loader import ActivationLoader
@@ -42,7 +42,7 @@ class Start:
         progress: where it stands.
         statistics: of its training activations; its figures are measured against them.
         standard: mean and variance ``[D]`` by which the lens standardises activations, those of the rows it was first trained on.
-        weights: by stable names; None for a fresh lens.
+        weights: by stable names, those of the verbalizer as it was when the training began too where it resumes; None for a fresh lens.
         resumed: the checkpoint it resumes from, optimizer state included; None where it does not resume.
         where: where it starts, for messages.
     """
@@ -137,18 +137,19 @@ def find_start(config: Config, run: RunFolder, loader: ActivationLoader, same: d
         CheckpointError: the last checkpoint is of another training, or the lens of ``init_from`` does not fit.
     """
     if config.checkpoint.resume and (last := run.last) is not None:
-        return _resumed(run, last, same)
+        return _resumed(config, run, last, same)
     if config.init_from is not None:
         return _initialised(config, same["model_name"], loader)
     statistics = loader.statistics
     return Start(Progress(), statistics, (statistics.mean, statistics.var))
 
 
-def _resumed(run: RunFolder, last: Path, same: dict) -> Start:
+def _resumed(config: Config, run: RunFolder, last: Path, same: dict) -> Start:
     _check_together(last)
     saved = read_json(last / "trainer.json")
     if saved.get("format_version") != TRAINER_VERSION:
         raise CheckpointError(f"{last} is of another version of megalens; start anew with checkpoint.resume=false")
+    reference = _reference(last, config)
     progress, before = _progress(saved, last), _defaults() | saved["identity"]
     changed = [key for key in same if before.get(key) != same[key]]
     if changed:
@@ -156,7 +157,22 @@ def _resumed(run: RunFolder, last: Path, same: dict) -> Start:
         mend = "set it back, choose another run_name, or start anew with checkpoint.resume=false"
         raise CheckpointError(f"{run.folder} was begun with {was}; {mend}")
     where = f"{last.name} of {run.folder}"
-    return Start(progress, read_statistics(last), read_standard(last), read_weights(last), last, where)
+    return Start(progress, read_statistics(last), read_standard(last), read_weights(last) | reference, last, where)
+
+
+def _reference(last: Path, config: Config) -> dict[str, Tensor]:
+    """What the verbalizer was when the training began, where a term wants it.
+
+    Raises:
+        CheckpointError: none wanted it until now.
+    """
+    if not config.terms.get("reference_kl"):
+        return {}
+    found = read_reference(last)
+    if not found:
+        what = f"{last} does not hold the verbalizer as it was when the training began: terms.reference_kl had no weight so far"
+        raise CheckpointError(f"{what}; set it to 0, or begin another run at this lens with init_from={last}")
+    return found
 
 
 def _progress(saved: dict, folder: Path) -> Progress:

@@ -221,6 +221,9 @@ class Trainer:
         self._saving.wait()
         names = stable_names(self.lens.lens_state_names())
         weights, optimizer = self.engine.weights_part(list(names)).named(names), self.engine.optimizer_part().named(names)
+        parts = {"lens": weights, "engine/optimizer": optimizer}
+        if names := stable_names(self.lens.reference_state_names()):
+            parts["reference"] = self.engine.weights_part(list(names)).named(names)
         name = self.run.folder.name(p.step)
         if self.engine.is_main:
             (self.run.folder.begin(name) / "engine").mkdir()
@@ -237,24 +240,25 @@ class Trainer:
         p.saved, self._saved_validation = p.step, p.validated
         if keep:
             p.kept.append([p.step, name])
-        self._saving.start(partial(self._write, name, weights, optimizer, dataclasses.asdict(p)))
+        self._saving.start(partial(self._write, name, parts, dataclasses.asdict(p)))
 
-    def _write(self, name: str, weights: Part, optimizer: Part, progress: dict) -> None:
-        """Write this rank's part of a checkpoint. Rank 0 gives the checkpoint its name when all parts are there."""
+    def _write(self, name: str, parts: dict[str, Part], progress: dict) -> None:
+        """Write this rank's parts of a checkpoint, by their files' stems. Rank 0 gives the checkpoint its name when all are there."""
         run, folder = self.run.folder, self.run.folder.unfinished(name)
         if not self.engine.is_main:
-            paths = [*weights.write(folder, "lens"), *optimizer.write(folder / "engine", "optimizer")]
+            paths = [path for stem, part in parts.items() for path in part.write(folder, stem)]
             if paths:
                 run.add_part(name, self.engine.rank, paths)
             return
         try:
             standard = (self.lens.mean, self.lens.var)
-            save_lens(folder, self.config, weights, self.statistics, standard, self.lens.subject.fingerprint)
-            optimizer.write(folder / "engine", "optimizer")
+            save_lens(folder, self.config, parts["lens"], self.statistics, standard, self.lens.subject.fingerprint)
+            for stem in parts.keys() - {"lens"}:
+                parts[stem].write(folder, stem)
             state = {"format_version": TRAINER_VERSION, "progress": progress, "identity": self.identity}
             save_json(folder / "trainer.json", state | {"world_size": self.engine.world_size})
             best, kept = ([name for _, name in progress[key]] for key in ("best", "kept"))
-            run.finish(name, best, kept, max(weights.count, optimizer.count))
+            run.finish(name, best, kept, max(part.count for part in parts.values()))
         except OSError:
             run.drop(name)
             raise

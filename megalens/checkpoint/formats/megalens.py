@@ -49,7 +49,7 @@ class Megalens:
 
         config, statistics = read_config(folder, **changes), read_statistics(folder)
         check_subject(folder, subject_fingerprint(config))
-        lens = build_lens(config, *read_standard(folder))
+        lens = build_lens(config, *read_standard(folder), to_train=False)
         lens.load_lens_state(read_weights(folder))
         return LoadedLens(lens.eval(), statistics)
 
@@ -151,7 +151,17 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder} holds no lens.safetensors; copy the checkpoint anew from where it is whole")
     for path in paths:
         weights |= read_tensors(path)
-    return megalens_v1.weights_of_now(weights) if about["format_version"] == megalens_v1.VERSION else weights
+    weights = megalens_v1.weights_of_now(weights) if about["format_version"] == megalens_v1.VERSION else weights
+    return {name: value for name, value in weights.items() if ".lora_" not in name}  # copies that nothing used, which were saved once
+
+
+def read_reference(folder: str | Path) -> dict[str, Tensor]:
+    """What the verbalizer was when the training began, float32 on the CPU, by stable names; empty where no term wanted it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return {name: value for path in part_files(Path(folder), "reference") for name, value in read_tensors(path).items()}
 
 
 def read_optimizer(folder: str | Path, names: Sequence[str]) -> OptimizerState:
