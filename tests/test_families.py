@@ -183,9 +183,9 @@ def test_window_longer_than_the_checked_text_is_checked_too(monkeypatch):
         check_walk(lm)
 
 
-def test_block_that_keeps_nothing_in_the_cache_is_refused(monkeypatch):
+def test_block_that_keeps_nothing_in_the_cache_is_refused():
     lm = CausalLM(build("gpt_neox"))
-    monkeypatch.setattr(type(lm.family), "cache_argument", "past_key_values")
+    lm.family.cache_argument = "past"
     with pytest.raises(ConfigError, match="block 0 does not keep its keys and values in the cache"):
         check_walk(lm)
 
@@ -197,9 +197,11 @@ def test_block_that_wants_other_arguments_is_refused_in_one_line(monkeypatch):
         check_walk(lm)
 
 
-def test_attention_without_a_mask_is_refused():
-    with pytest.raises(ConfigError, match="models of type 'minimax' cannot be studied: they have attention of the kind 'linear_attention'"):
-        CausalLM(build("minimax"))
+def test_block_of_an_unknown_kind_is_refused():
+    model = build("qwen3")
+    model.config.layer_types = ["full_attention", "sparse_attention"] * 2
+    with pytest.raises(ConfigError, match="models of type 'qwen3' cannot be studied: they have blocks of the kind 'sparse_attention'"):
+        CausalLM(model)
 
 
 def test_weights_that_are_no_numbers_are_refused():

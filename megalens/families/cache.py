@@ -1,4 +1,4 @@
-"""Keys and values of the blocks, appended to as text is read; differentiable, and made for many rows behind one shared prompt."""
+"""What blocks keep of the text they have read: keys and values, states. Differentiable, and made for many rows behind one shared prompt."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values by block, appended to by the blocks' attention (``update`` is the call they make). Differentiable.
+    """Keys, values and states by block, for transformers' attention layers, which call it as they call transformers' own ``Cache``.
 
-    A stored batch of 1 is broadcast to the batch of what is appended, so that a static prompt is run once for all rows.
+    Nothing is changed in place, so that gradients flow and a fork is cheap. A stored batch of 1 is broadcast to the batch of what is
+    appended, so that a static prompt is run once for all rows.
 
     Args:
         room: positions to make room for at the first append; a decode then writes each token into its place, and nothing is copied
@@ -20,6 +21,27 @@ class KVCache:
         self.room = room
         self.stored: dict[int, tuple[Tensor, Tensor]] = dict(parent.stored) if parent else {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = dict(parent.buffers) if parent else {}
+        self.states: dict[tuple[int, str, int], Tensor] = dict(parent.states) if parent else {}
+        self.lengths: dict[int, int] = dict(parent.lengths) if parent else {}
+        self.batch = 1  # rows of what the blocks read now
+
+    def length(self, block: int) -> int:
+        """Positions that block ``block`` has read."""
+        return self.lengths.get(block, 0)
+
+    def rows(self, rows_B: Tensor) -> KVCache:
+        """A cache of the given rows of this one, for appends that are as wide."""
+        chosen = KVCache(parent=self)
+        chosen.buffers = {}
+        chosen.stored = {block: (key[rows_B], value[rows_B]) for block, (key, value) in self.stored.items()}
+        chosen.states = {place: state[rows_B] for place, state in self.states.items()}
+        return chosen
+
+    def fork(self) -> KVCache:
+        """A cache that starts from this one. What it appends stays out of this one, but uses the same room, if there is any yet."""
+        return KVCache(self.room, self)
+
+    # ------------------------------------------------------------------------------- what transformers' layers call
 
     def update(self, key: Tensor, value: Tensor, block: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Append ``[B, heads, Q, head_dim]`` to what block ``block`` holds and return all of it, ``[B, heads, K, head_dim]``."""
@@ -36,19 +58,47 @@ class KVCache:
             )
         return self.stored[block]
 
-    def length(self, block: int) -> int:
-        """Positions that block ``block`` holds."""
-        return self.stored[block][0].shape[2] if block in self.stored else 0
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The last columns ``[B, channels, columns]`` that a causal convolution read, or None."""
+        return self._state(layer_idx, "conv", state_idx)
 
-    def rows(self, rows_B: Tensor) -> KVCache:
-        """A cache of the given rows of this one, for appends that are as wide."""
-        chosen = KVCache()
-        chosen.stored = {block: (key[rows_B], value[rows_B]) for block, (key, value) in self.stored.items()}
-        return chosen
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_
+    ) -> Tensor:
+        """Append columns; return those before them, as far as they are kept, and the new ones."""
+        past = self._state(layer_idx, "conv", state_idx, len(conv_states))
+        columns = conv_states if past is None else torch.cat([past, conv_states], dim=-1)
+        kept = conv_kernel_size or (conv_states if past is None else past).shape[-1]
+        self.states[layer_idx, "conv", state_idx] = columns[..., -kept:]
+        return columns
 
-    def fork(self) -> KVCache:
-        """A cache that starts from this one. What it appends stays out of this one, but uses the same room, if there is any yet."""
-        return KVCache(self.room, self)
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """What a recurrent layer keeps of all it has read, or None. A copy of this cache's own: some layers change it in place."""
+        state = self._state(layer_idx, "recurrent", state_idx)
+        if state is not None:
+            state = self.states[layer_idx, "recurrent", state_idx] = state.clone()
+        return state
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_) -> Tensor:
+        """Replace a recurrent layer's state."""
+        self.states[layer_idx, "recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int, state_idx: int | None = None) -> bool:
+        """Whether a layer has read anything."""
+        return any(block == layer_idx and (state_idx is None or place == state_idx) for block, _, place in self.states)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Yes: layers then use no kernel that changes a state in place."""
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """:meth:`length`."""
+        return self.length(layer_idx)
+
+    def _state(self, block: int, name: str, place: int, rows: int | None = None) -> Tensor | None:
+        state, rows = self.states.get((block, name, place)), rows or self.batch
+        return state if state is None or len(state) == rows else state.expand(rows, *state.shape[1:])
 
 
 def joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from megalens.config import ConfigError
 from megalens.families.cache import KVCache, joined
+from megalens.families.protocol import KINDS
 from megalens.families.registry import family_of
 
 
@@ -71,10 +72,10 @@ class CausalLM(nn.Module):
         self.config = self.family.config
         refused = f"models of type '{self.config.model_type}' cannot be studied"
         if missing := self.family.missing():
-            raise ConfigError(f"{refused}: {type(self.family.base).__name__} has no part named {missing}")
+            raise ConfigError(f"{refused}: {type(self.family.base).__name__} has no {missing}")
         self.kinds = [self.family.kind(block) for block in range(self.num_blocks)]
-        if unknown := set(self.kinds) - {"full_attention", "sliding_attention"}:
-            raise ConfigError(f"{refused}: they have attention of the kind '{min(unknown)}'")
+        if unknown := set(self.kinds) - KINDS.keys():
+            raise ConfigError(f"{refused}: they have blocks of the kind '{min(unknown)}'")
         self.vocabulary = Vocabulary(model, self.family.logit_scale)
         self.adapted: list[Any] = []  # peft's layers that carry adapters
         self.softcap = self.family.softcap
@@ -146,14 +147,34 @@ class CausalLM(nn.Module):
             own: modules to use in place of the model's own blocks.
         """
         kinds, blocks = set(self.kinds[first:last]), self.blocks
-        rotary = self.family.rotary(hidden_BSD, positions, kinds)
         cached = cache.length(first) if cache is not None and first < last else 0
         masks = {kind: self._mask(kind, positions, key_positions, cached, hidden_BSD.dtype) for kind in kinds}
+        if key_positions is None:
+            key_positions = _following(positions, cached)
+        positional = self.family.positional(hidden_BSD, positions, key_positions, kinds)
+        if cache is not None:
+            cache.batch = hidden_BSD.shape[0]
         for index in range(first, last):
             block = own[index] if own and index in own else blocks[index]
             kind = self.kinds[index]
-            hidden_BSD = self.call_block(block, hidden_BSD, masks[kind], positions, rotary[kind], cache, index)
+            if cached and positions.shape[-1] > 1 and self.family.one_by_one and self.family.keeps_state(kind):
+                hidden_BSD = self._one_by_one(block, hidden_BSD, masks[kind], positions, cache, index)
+            else:
+                hidden_BSD = self.call_block(block, hidden_BSD, masks[kind], positions, positional[kind], cache, index)
+            if cache is not None:
+                cache.lengths[index] = cached + positions.shape[-1]
         return hidden_BSD
+
+    def _one_by_one(self, block: nn.Module, hidden_BSD: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, index: int) -> Tensor:
+        """A block that keeps a state, called token by token."""
+        each = range(positions.shape[-1])
+        masks = [mask if mask is None else mask[:, i : i + 1] for i in each]
+        places = [positions[:, i : i + 1] for i in each]
+        return torch.cat([self.call_block(block, hidden_BSD[:, i : i + 1], masks[i], places[i], None, cache, index) for i in each], dim=1)
+
+    def keeps_state(self, first: int, last: int) -> bool:
+        """Whether one of blocks ``first .. last - 1`` keeps a state of what it has read, in place of keys that can be hidden."""
+        return any(self.family.keeps_state(kind) for kind in self.kinds[first:last])
 
     def call_block(
         self,
@@ -161,31 +182,33 @@ class CausalLM(nn.Module):
         hidden_BSD: Tensor,
         mask: Tensor | None,
         positions: Tensor,
-        rotary: Any,
+        positional: Any,
         cache: KVCache | None,
         index: int,
     ) -> Tensor:
         """One block's call, compiled where :meth:`compile_blocks` was called."""
         if self._compiled_block is not None:
-            return self._compiled_block(block, hidden_BSD, mask, positions, rotary, cache, index)
-        return self.family.call_block(block, hidden_BSD, mask, positions, rotary, cache)
+            return self._compiled_block(block, hidden_BSD, mask, positions, positional, cache, index)
+        return self.family.call_block(block, hidden_BSD, mask, positions, positional, cache)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Run the blocks through ``torch.compile``: one graph for all blocks of a kind of call, whatever the batch and the lengths."""
+        if self.keeps_state(0, self.num_blocks):
+            raise ConfigError(f"models of type '{self.config.model_type}' keep states, which compiled blocks cannot; set compile=false")
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a block's number must not make a graph of its own
         call_block = self.family.call_block
 
-        def alone(block, hidden_BSD, mask, positions, rotary, cached: bool, past) -> tuple[Tensor, tuple | None]:
+        def alone(block, hidden_BSD, mask, positions, positional, cached: bool, past) -> tuple[Tensor, tuple | None]:
             """A call with the block's own keys and values as arguments: a function of tensors, one graph for all blocks."""
             cache = _OneBlock(past) if cached else None
-            return call_block(block, hidden_BSD, mask, positions, rotary, cache), None if cache is None else cache.stored
+            return call_block(block, hidden_BSD, mask, positions, positional, cache), None if cache is None else cache.stored
 
         options = {"recompile_limit": 64, "isolate_recompiles": True}
         compiled = torch.compile(alone, backend=backend, **options)  # type: ignore[call-overload]  # its overloads lack the two
 
-        def call(block, hidden_BSD, mask, positions, rotary, cache, index) -> Tensor:
+        def call(block, hidden_BSD, mask, positions, positional, cache, index) -> Tensor:
             past = None if cache is None else cache.stored.get(index)
-            hidden_BSD, stored = compiled(block, hidden_BSD, mask, positions, rotary, cache is not None, past)
+            hidden_BSD, stored = compiled(block, hidden_BSD, mask, positions, positional, cache is not None, past)
             if cache is not None:
                 cache.stored[index] = stored
             return hidden_BSD
@@ -233,22 +256,36 @@ class CausalLM(nn.Module):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, cached: int, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, kind: str, positions: Tensor, key_positions: Tensor | None, cached: int, dtype: torch.dtype) -> Any:
+        """What blocks of a kind are told of what they must not see: a mask of keys, of padding, or both, as they keep keys or a state."""
+        padding = None if key_positions is None else key_positions[:, -positions.shape[-1] :] >= 0
+        if KINDS[kind] == "state":
+            return padding
+        keys = self._mask_of_keys(kind, positions, key_positions, cached, dtype)
+        return (keys, padding) if KINDS[kind] == "keys and state" else keys
+
+    def _mask_of_keys(self, kind: str, positions: Tensor, key_positions: Tensor | None, cached: int, dtype: torch.dtype) -> Tensor | None:
         """``[1 or B, 1, S, K]``, or None where the attention's own causal rule (or no rule at all) says the same."""
-        window, count = self.family.window(kind), positions.shape[-1]
+        count = positions.shape[-1]
+        window, chunk = self.family.window(kind), self.family.chunk(kind)
         if key_positions is None:
             reach = cached + count
-            if (window is None or window >= reach) and (count == 1 or (cached == 0 and not self.eager)):
+            is_whole = (window is None or window >= reach) and (chunk is None or chunk >= reach)
+            if is_whole and (count == 1 or (cached == 0 and not self.eager)):
                 return None
-            key_positions = positions if cached == 0 else torch.arange(reach, device=positions.device)[None]
+            key_positions = _following(positions, cached)
         keys, queries = key_positions[:, None, :], positions[:, :, None]
         allowed = (keys <= queries) & (keys >= 0)
         if window is not None:
             allowed &= keys > queries - window
-        allowed = allowed[:, None]
-        if self.eager:
-            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
-        return allowed
+        if chunk is not None:
+            allowed &= keys // chunk == queries // chunk
+        return self.family.mask(allowed[:, None], dtype)
+
+
+def _following(positions: Tensor, cached: int) -> Tensor:
+    """Positions ``[1, K]`` of keys where the cached ones are at 0, 1, ... and the queries follow them."""
+    return positions if cached == 0 else torch.arange(cached + positions.shape[-1], device=positions.device)[None]
 
 
 def _matrices(module: nn.Module) -> list[str]:

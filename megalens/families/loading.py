@@ -20,7 +20,7 @@ from megalens.config import Config, ConfigError
 from megalens.device import materialise, resolve_dtype
 from megalens.families.causal_lm import CausalLM
 from megalens.families.protocol import Settings
-from megalens.families.registry import attention_of
+from megalens.families.registry import attention_of, class_of
 from megalens.families.self_check import check_layout
 from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, wrong_shape
 
@@ -104,7 +104,7 @@ def load_model(config: Config, settings: Settings) -> PreTrainedModel:
     name = config.model_name
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
     options = model_options(config, settings) | report
-    model, found = from_pretrained(transformers.AutoModelForCausalLM, config, config=settings, use_safetensors=True, **options)
+    model, found = from_pretrained(class_of(settings), config, config=settings, use_safetensors=True, **options)
     if found["mismatched_keys"]:
         parameter, stored, wanted = min(found["mismatched_keys"])
         raise ConfigError(wrong_shape(name, parameter, tuple(stored), tuple(wanted)))
@@ -134,7 +134,7 @@ def load_without_blocks(config: Config, settings: Settings, device: torch.device
     check_layout(settings, config.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         options = model_options(config, settings)
-        model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
+        model = class_of(settings).from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     model.tie_weights()
     lm, files = CausalLM(model), WeightFiles(config.model_name, model)
     in_blocks = {parameter for block in lm.blocks for parameter in block.parameters()}

@@ -6,6 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import cache
+from typing import Any
+
+import transformers
 
 from megalens.families import makes
 from megalens.families.protocol import Family, Settings
@@ -39,9 +42,17 @@ def family_of(config: Settings) -> type[Family]:
     return _families.get(config.get_text_config().model_type, Family)
 
 
-def attention_of(config: Settings) -> str:
+def attention_of(config: Settings) -> str | None:
     """The attention function to build a model of this configuration with, transformers' ``attn_implementation``."""
     return family_of(config).attention(config.get_text_config())
+
+
+def class_of(config: Settings) -> Any:
+    """The class of transformers by which a model of this configuration is made: a language model, or one that reads images too."""
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map"):
+        return transformers.AutoModelForCausalLM
+    wrappers = transformers.AutoModelForImageTextToText
+    return wrappers if type(config) in wrappers._model_mapping else transformers.AutoModelForCausalLM
 
 
 @cache

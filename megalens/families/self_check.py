@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from megalens.config import ConfigError
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
-from megalens.families.protocol import Settings
-from megalens.families.registry import attention_of
+from megalens.families.prefix import read_prefix
+from megalens.families.protocol import KINDS, Settings
+from megalens.families.tiny_copy import tiny_copy
 
 _TOKENS, _WINDOW = 8, 3
+_CUT, _LAST = 5, (6, 2)  # a text is read up to the cut, then on; two rows are patched, one of them long before its end
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-6}
+_REORDERED = 5  # how much more another order of summation may change than the same one does
 _NOT_CALLABLE_SO = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # what foreign code raises at a wrong call
 
 
 def check_walk(lm: CausalLM) -> None:
-    """Hold the walk against the model's own forward on a few tokens: the stream before each block and before the final norm, and logits.
+    """Hold the walk against the model's own forward on a few tokens.
 
-    The blocks may be only the first few of the model's. Sliding windows are made shorter than the text for the time of the check.
-    It costs two forward passes of 8 tokens. That the blocks fill a cache is checked; that they go on from it rightly is left to tests.
+    Compared are the stream before each block and before the final norm, the logits, the same when the text is read in two parts, and the
+    logits at two positions where the output of block 0 is replaced. Sliding windows are made shorter than the text for the time of the
+    check. The blocks may be only the first few of the model's. It costs five forward passes of 8 tokens; where the model is sharded, all
+    ranks check together.
 
     Raises:
         ConfigError: they differ by more than the dtype's rounding, or the model cannot be walked at all.
@@ -45,21 +48,16 @@ def check_walk(lm: CausalLM) -> None:
 
 
 def check_layout(settings: Settings, trust_remote_code: bool = False) -> None:
-    """:func:`check_walk` on a tiny random model of the same configuration, for a model whose weights are not there to be used.
+    """:func:`check_walk` on a tiny random model of the same configuration, before the weights of a large one are read.
 
-    The tiny model is of transformers' own class: as few blocks as have every kind that the configuration lists (two at least), few
-    heads, narrow layers, few tokens. That proves what the code does for these settings: names, order, multipliers, soft-caps, masks,
-    caches. It does not prove what depends on the sizes that were made smaller, or on the weights.
+    That proves what the code does for these settings: names, order, multipliers, soft-caps, masks, caches. It does not prove what depends
+    on the sizes that were made smaller, or on the weights.
 
     Raises:
         ConfigError: the walk differs from the tiny model's forward, or no tiny model can be made.
     """
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            options = {"dtype": torch.float32, "attn_implementation": attention_of(settings), "trust_remote_code": trust_remote_code}
-            model = transformers.AutoModelForCausalLM.from_config(_tiny(settings), **options).eval()
-            _draw_weights(model)
+        model = tiny_copy(settings, trust_remote_code)
     except _NOT_CALLABLE_SO as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
@@ -73,29 +71,76 @@ def _first_difference(lm: CausalLM) -> str | None:
     """Describe the first place where the walk and the model's own forward differ."""
     ids = _ids(lm)
     positions = torch.arange(_TOKENS, device=ids.device)[None]
-    with _entering([*lm.blocks, lm.norm]) as own_states:
+    norm = [lm.norm] if lm.norm in set(lm.model.modules()) else []  # a make without a final norm brings its own
+    with _entering([*lm.blocks, *norm]) as own_states:
         own_logits = lm.model(ids, use_cache=False).logits
     if not own_logits.isfinite().all():
         raise ConfigError(
             f"a model of type '{lm.config.model_type}' gives logits that are not finite: its weights are damaged, fetch it anew"
         )
-    if len(own_states) != len(lm.blocks) + 1:
-        return f"its forward calls blocks and final norm {len(own_states)} times, not once each ({len(lm.blocks) + 1})"
+    if len(own_states) != len(lm.blocks) + len(norm):
+        return f"its forward calls blocks and final norm {len(own_states)} times, not once each ({len(lm.blocks) + len(norm)})"
     tolerance = _TOLERANCE[lm.dtype]
     rows = lm.vocabulary(lambda _, into, __: into[ids] * lm.embed_scale)
-    if (error := _relative(lm.embed(ids), rows)) > tolerance:
+    if not (error := _relative(lm.embed(ids), rows)) <= tolerance:
         return f"its embeddings are not rows of its embedding matrix times {float(lm.embed_scale):g} ({error:.1%} off)"
-    cache, state = KVCache(), lm.enter(lm.embed(ids), positions)
+    state = lm.enter(lm.embed(ids), positions)
     for block, own_state in enumerate(own_states):
         if not (error := _relative(state, own_state)) <= tolerance:
             return f"its own residual stream before {_name(lm, block)} differs by {error:.1%} from the one computed block by block"
         if block < len(lm.blocks):
-            state = lm.run(state, block, block + 1, positions, cache=cache)
-            if cache.length(block) != _TOKENS:
-                return f"block {block} does not keep its keys and values in the cache it is given"
+            state = lm.run(state, block, block + 1, positions)
     if not (error := _relative(lm.logits(lm.final_norm(state)), own_logits)) <= tolerance:
         return f"its own logits differ by {error:.1%} from those computed from its final norm and vocabulary matrix"
+    return _difference_in_parts(lm, ids, state) or _difference_when_patched(lm, ids)
+
+
+def _difference_in_parts(lm: CausalLM, ids: Tensor, whole: Tensor) -> str | None:
+    """Compare the stream after the last block with the one of a text that is read in two parts, the second by two rows."""
+    cache, last, positions = KVCache(), len(lm.blocks), torch.arange(_TOKENS, device=ids.device)[None]
+    hidden = lm.enter(lm.embed(ids), positions)
+    lm.run(hidden[:, :_CUT], 0, last, positions[:, :_CUT], cache=cache)
+    kept = cache.stored.keys() | {block for block, *_ in cache.states}
+    if lost := [block for block in range(last) if KINDS[lm.kinds[block]] != "nothing" and block not in kept]:
+        return f"block {lost[0]} does not keep its keys and values in the cache it is given"
+    rest = lm.run(hidden[:, _CUT:].expand(2, -1, -1), 0, last, positions[:, _CUT:], cache=cache)
+    if not (error := _relative(rest, whole[:, _CUT:].expand(2, -1, -1))) <= _REORDERED * _TOLERANCE[lm.dtype]:
+        return f"read in two parts, its residual stream differs by {error:.1%} from the one read at once"
     return None
+
+
+def _difference_when_patched(lm: CausalLM, ids: Tensor) -> str | None:
+    """Compare logits where block 0's output is replaced: one token on what the blocks above kept, and the model's own forward."""
+    last_B = torch.tensor(_LAST, device=ids.device)
+    each_B, ids_BS = torch.arange(len(_LAST), device=ids.device), torch.stack([ids[0], ids[0].flip(0)])
+    positions = torch.arange(_TOKENS, device=ids.device)[None]
+    after_BSD = lm.run(lm.enter(lm.embed(ids_BS), positions), 0, 1, positions)
+    new_BD = after_BSD[each_B, last_B].flip(0) * 1.25
+    hidden_BD, prefix = read_prefix(lm, after_BSD, 1, last_B, each_B)
+    found = lm.logits(lm.final_norm(torch.stack([hidden_BD, prefix.go_on(lm, new_BD)])))
+    with _replacing(lm.blocks[0], last_B, new_BD):
+        patched = lm.model(ids_BS, use_cache=False).logits[each_B, last_B]
+    expected = torch.stack([lm.model(ids_BS, use_cache=False).logits[each_B, last_B], patched])
+    for name, mine, own in zip(("read", "patched"), found, expected, strict=True):
+        if not (error := _relative(mine, own)) <= _REORDERED * _TOLERANCE[lm.dtype]:
+            return f"its own logits at a position that is {name} differ by {error:.1%} from those of one token on what its blocks kept"
+    return None
+
+
+@contextmanager
+def _replacing(block: nn.Module, position_B: Tensor, value_BD: Tensor):
+    """A block whose output is replaced at one position of each row."""
+
+    def replace(_, __, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[torch.arange(len(position_B), device=hidden.device), position_B] = value_BD.to(hidden.dtype)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    hook = block.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _name(lm: CausalLM, block: int) -> str:
@@ -145,55 +190,3 @@ def _short_window(config):
         yield
     finally:
         config.sliding_window = window
-
-
-# ------------------------------------------------------------------------------------------------------ a tiny model
-
-
-def _tiny(settings):
-    """The configuration of a model of the same kind that is made in a moment."""
-    config = copy.deepcopy(settings)
-    text = config.get_text_config()
-    _shorten(text)
-    heads = text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads  # rotary settings depend on it: it stays
-    few_groups = min(groups, 2)
-    few_heads = min(heads // groups, 2) * few_groups
-    sizes = {
-        "num_attention_heads": few_heads,
-        "num_key_value_heads": few_groups,
-        "hidden_size": few_heads * head_dim,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
-        "n_inner": 64,
-        "vocab_size": 64,
-    }
-    for name, size in sizes.items():
-        if getattr(text, name, None):
-            setattr(text, name, size)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if isinstance(token := getattr(text, name, None), int):
-            setattr(text, name, min(token, text.vocab_size - 1))
-    return config
-
-
-def _shorten(config) -> None:
-    """Keep the first blocks, as many as it takes to have every mixture of the settings that are listed block by block."""
-    blocks = config.num_hidden_layers
-    listed = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == blocks}
-    mixtures = [repr([value[i] for value in listed.values()]) for i in range(blocks)]
-    few = min(blocks, max(2, 1 + max(mixtures.index(mixture) for mixture in mixtures)))
-    config.num_hidden_layers = few
-    for name, value in listed.items():
-        setattr(config, name, value[:few])
-
-
-def _draw_weights(model: nn.Module) -> None:
-    """Weights that keep every layer's outputs near 1, and norms and biases off their uniform start, so that what is left out shows."""
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-        else:
-            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)

@@ -14,6 +14,7 @@ from megalens.families.adapters import adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.families.loading import check_model, load_model, load_without_blocks, subject_fingerprint
+from megalens.families.prefix import Prefix, read_prefix
 from megalens.families.self_check import check_walk
 from megalens.families.weights import WeightFiles
 
@@ -25,9 +26,7 @@ class Read:
 
     activation_BD: Tensor
     normed_BD: Tensor
-    cache: KVCache
-    position_B: Tensor
-    context: int
+    prefix: Prefix
 
 
 class Subject(nn.Module):
@@ -72,7 +71,7 @@ class Subject(nn.Module):
     def residual(self, input_ids_BC: Tensor) -> Tensor:
         """Residual stream ``[B, C, D]`` after block ``layer_l`` at every position; right padding changes nothing before it."""
         with adapter(self.lm, None):
-            return self._lower(input_ids_BC)[0]
+            return self._lower(input_ids_BC)
 
     @torch.no_grad()
     def residuals(self, input_ids_BC: Tensor, layers: list[int]) -> list[Tensor]:
@@ -97,13 +96,10 @@ class Subject(nn.Module):
             sequence_B: the context of each row; None: its own.
         """
         with adapter(self.lm, None):
-            resid_SCD, positions = self._lower(input_ids_SC)
+            resid_SCD = self._lower(input_ids_SC)
             rows = torch.arange(len(position_B), device=position_B.device) if sequence_B is None else sequence_B
-            cache = KVCache()
-            hidden_SCD = self.lm.run(resid_SCD, self.layer_l + 1, self.num_blocks, positions, cache=cache)
-            normed_BD = self.lm.final_norm(hidden_SCD[rows, position_B])
-        cache = cache if sequence_B is None else cache.rows(sequence_B)
-        return Read(resid_SCD[rows, position_B], normed_BD, cache, position_B, input_ids_SC.shape[1])
+            last_BD, prefix = read_prefix(self.lm, resid_SCD, self.layer_l + 1, position_B, sequence_B)
+            return Read(resid_SCD[rows, position_B], self.lm.final_norm(last_BD), prefix)
 
     def patched_logits(self, read: Read, a_BD: Tensor) -> Tensor:
         """Next-token logits ``[B, V]`` at P with the activation replaced by ``a_BD``; see :meth:`patched`."""
@@ -115,13 +111,8 @@ class Subject(nn.Module):
         Exact: causal attention keeps everything before P as it was, so one token goes through the blocks above ``layer_l``, on the
         keys and values of the read.
         """
-        position_B1 = read.position_B[:, None]
-        context = torch.arange(read.context, device=a_BD.device)[None]
-        key_positions = torch.cat([torch.where(context < position_B1, context, -1), position_B1], dim=1)
         with adapter(self.lm, None):
-            hidden_B1D = a_BD.to(self.lm.dtype)[:, None]
-            hidden_B1D = self.lm.run(hidden_B1D, self.layer_l + 1, self.num_blocks, position_B1, key_positions, read.cache.fork())
-            return self.lm.final_norm(hidden_B1D[:, 0])
+            return self.lm.final_norm(read.prefix.go_on(self.lm, a_BD.to(self.lm.dtype)))
 
     @torch.no_grad()
     def next_states(self, prompt_ids_1L: Tensor, ids_BT: Tensor) -> Tensor:
@@ -138,10 +129,10 @@ class Subject(nn.Module):
                 hidden = torch.cat([hidden, rest], dim=1)
             return self.lm.final_norm(hidden)
 
-    def _lower(self, input_ids_BC: Tensor) -> tuple[Tensor, Tensor]:
+    def _lower(self, input_ids_BC: Tensor) -> Tensor:
         positions = torch.arange(input_ids_BC.shape[1], device=input_ids_BC.device)[None]
         hidden = self.lm.enter(self.lm.embed(input_ids_BC), positions)
-        return self.lm.run(hidden, 0, self.layer_l + 1, positions), positions
+        return self.lm.run(hidden, 0, self.layer_l + 1, positions)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

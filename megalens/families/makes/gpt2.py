@@ -1,4 +1,4 @@
-"""GPT-2: parts under names of its own, learned positions, no rotary embedding."""
+"""GPT-2: learned positions, no rotary embedding."""
 
 from typing import cast
 
@@ -11,8 +11,6 @@ from megalens.families.registry import register
 @register("gpt2")
 class GPT2(Family):
     """GPT-2 and its relatives (DistilGPT-2, GPT-SW3)."""
-
-    blocks_name, embedding_name, norm_name = "h", "wte", "ln_f"
 
     def enter(self, embeds_BSD: Tensor, positions: Tensor) -> Tensor:
         """Adds the learned embedding of each position."""
