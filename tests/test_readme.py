@@ -34,7 +34,7 @@ lr_scheduler: {warmup_steps: 0s}
 validation: {interval: 1s, num_samples: 4, num_examples: 1}
 checkpoint: {save_interval: 1s}
 activation_dumper: {num_samples: 32, val_num_samples: 8}
-evaluation: {num_samples: 8, batch_size: 4, bootstrap: 10, examples: 2, report_documents: 1}
+evaluation: {num_samples: 8, trust_rows: 8, batch_size: 4, bootstrap: 10, examples: 2, report_documents: 1}
 pretokenize: {num_proc: 1}
 """
 

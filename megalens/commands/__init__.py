@@ -31,6 +31,7 @@ COMMANDS = {
     "submit": "megalens.commands.submit",
     "sweep": "megalens.commands.sweep",
     "eval": "megalens.commands.eval",
+    "trust": "megalens.commands.trust",
     "explain": "megalens.commands.explain",
 }
 

@@ -71,5 +71,6 @@ class Evaluation:
     bootstrap: int = setting(1000, "resamples of documents for the 95 % intervals; 0: no intervals")
     search: str = setting("greedy", "how explanations are chosen: greedy | best_of:K, of K the one that is rebuilt best")
     prefixes: list[int] = setting([], "measure the explanations' first tokens alone too, so many of them each, e.g. [1,2,4]")
+    trust_rows: int = setting(384, "held-out rows on which figures of trust are taken (tools/trust.py)")
     examples: int = setting(12, "held-out examples printed")
     report_documents: int = setting(8, "documents coloured token by token in report.html")

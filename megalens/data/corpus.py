@@ -77,6 +77,24 @@ def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
                 yield doc_id, row[column]
 
 
+def labels_of(config: Config, doc_ids: Sequence[int], columns: Sequence[str], held_out: bool = False) -> dict[str, list[str]]:
+    """Further columns of some documents, as strings; empty where the corpus lacks one of them or is read as a stream.
+
+    Args:
+        doc_ids: numbers of rows of the source's split.
+        held_out: rows of ``dataset.val_split``, where the corpus has one of its own.
+    """
+    if is_stream(config):
+        return {}
+    split = config.dataset.val_split if held_out and config.dataset.val_split else config.dataset.split
+    with _reading(config):
+        found = _load(config, split)
+        if not set(columns) <= set(found.column_names) or (len(doc_ids) and max(doc_ids) >= len(found)):
+            return {}
+        rows = found.select_columns(list(columns)).select(doc_ids)
+        return {column: [str(value or "") for value in rows[column]] for column in columns}
+
+
 def processes(config: Config, documents: int) -> int | None:
     """How many processes ``datasets`` shall use for so many documents; None: this one alone."""
     wanted = min(config.pretokenize.num_proc or usable_cores(), documents // 500)

@@ -1,0 +1,70 @@
+"""What the suite knows beside a lens and its rows: what follows each context, the documents' labels, and training rows."""
+
+from __future__ import annotations
+
+from megalens.config import Config
+from megalens.data import DataError
+from megalens.data.corpus import labels_of
+from megalens.data.loader import ActivationLoader
+from megalens.data.pretokenize import load_tokens
+from megalens.evaluate.measure import Search
+from megalens.evaluate.text import to_texts
+from megalens.evaluate.trust.parts import Known, Leads
+from megalens.evaluate.trust.rows import TrustRows, chunks
+
+FOLLOWING, TRAINING_ROWS = 16, 10_000
+LABELS = ("title", "topic", "gloss")
+
+
+def known_of(rows: TrustRows, config: Config, search: Search) -> Known:
+    """All that can be found out; what is not there (a corpus without labels, a training dump that is gone) is left out."""
+    known = Known(search, copies_of(rows), leads=leads_of(config, rows.lens.tokenizer))
+    known.following = _following(rows, config)
+    known.labels = labels_of(config, rows.doc_id_N.tolist(), LABELS, held_out=True)
+    try:
+        loader = ActivationLoader(config.activation_dir("train"), 1, config.seed)
+    except DataError:
+        return known
+    batch = loader.rows(range(min(TRAINING_ROWS, loader.num_rows)))
+    known.training_ND = batch["activation"].double().numpy()
+    known.training_token_N = batch["input_ids"].gather(1, batch["position"][:, None])[:, 0].numpy()
+    return known
+
+
+def copies_of(rows: TrustRows) -> list[str]:
+    """The tail of each context in the explanation's place."""
+    tails = [rows.lens.tail_ids(rows.batch(numbers)) for numbers in chunks(range(len(rows)), rows.batch_size)]
+    return [text for tail_BT in tails for text in to_texts(rows.lens.tokenizer, tail_BT)]
+
+
+def leads_of(config: Config, tokenizer) -> Leads | None:
+    """Training documents with a gloss; None where the corpus has no glosses or its tokens are gone."""
+    tokens = _tokens(config, "train")
+    if tokens is None:
+        return None
+    doc_ids, ids = list(tokens["doc_id"]), [row[: config.activation_dumper.seq_len] for row in tokens["input_ids"]]
+    labels = labels_of(config, doc_ids, LABELS)
+    if not labels:
+        return None
+    return Leads(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), labels["gloss"])
+
+
+def _following(rows: TrustRows, config: Config) -> list[str] | None:
+    """The 16 tokens behind each context, as text."""
+    tokens = _tokens(config, "val")
+    if tokens is None:
+        return None
+    place = {int(doc): i for i, doc in enumerate(tokens["doc_id"])}
+    wanted = sorted(set(rows.doc_id_N.tolist()))
+    if not place.keys() >= set(wanted):
+        return None
+    documents: dict[int, list[int]] = {doc: tokens[place[doc]]["input_ids"] for doc in wanted}
+    ids = [documents[doc][len(context) :][:FOLLOWING] for doc, context in zip(rows.doc_id_N.tolist(), rows.contexts, strict=True)]
+    return rows.lens.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _tokens(config: Config, split: str):
+    try:
+        return load_tokens(config, split)
+    except (DataError, OSError):
+        return None
