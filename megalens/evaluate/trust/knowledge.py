@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.corpus import labels_of
@@ -32,9 +34,11 @@ def known_of(rows: TrustRows, config: Config, search: Search) -> Known:
 
 
 def copies_of(rows: TrustRows) -> list[str]:
-    """The tail of each context in the explanation's place."""
-    tails = [rows.lens.tail_ids(rows.batch(numbers)) for numbers in chunks(range(len(rows)), rows.batch_size)]
-    return [text for tail_BT in tails for text in to_texts(rows.lens.tokenizer, tail_BT)]
+    """The tail of each context in the explanation's place, as long as that."""
+    length_N, texts = torch.from_numpy(rows.length_N), []
+    for numbers in chunks(range(len(rows)), rows.batch_size):
+        texts += to_texts(rows.lens.tokenizer, *rows.lens.tails(rows.batch(numbers), length_N[list(numbers)].to(rows.lens.mean.device)))
+    return texts
 
 
 def leads_of(config: Config, tokenizer) -> Leads | None:

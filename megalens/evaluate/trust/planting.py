@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megalens.evaluate.measure import said
 from megalens.evaluate.text import to_texts
 from megalens.evaluate.trust.judged import Judged, Line, difference, judge, mean
 from megalens.evaluate.trust.parts import Figures, Known, part
@@ -138,8 +139,8 @@ def _one_context(rows: TrustRows, planting: Planting, ids_1C: Tensor, number: in
         if kind == "concept":
             cells.add(f"logit_lens@{dose:g}", concepts, [[text] for text in logit_lens(rows, a_KD)])
             behaviour_KT = steering.go_on(repeated_KC, vector_KD, BEHAVIOUR)
-            said = to_texts(rows.lens.tokenizer, behaviour_KT)
-            cells.add(f"behaviour@{dose:g}", concepts, [[text] for text in said], plain_text)
+            shown = [[text] for text in to_texts(rows.lens.tokenizer, behaviour_KT)]
+            cells.add(f"behaviour@{dose:g}", concepts, shown, plain_text)
             found[f"fluency@{dose:g}"] = _fluency(rows, repeated_KC, behaviour_KT)
             moved_KD = unit((a_KD - plain_BD).double().cpu().numpy())
             heard_KD = unit(rows.read([each[0] for each in texts]) - plain_rebuilt)
@@ -158,7 +159,7 @@ def explain(rows: TrustRows, a_BD: Tensor, context: int, condition: int) -> list
     """Three sampled texts of each activation; the noise depends on the context, the condition and the place alone."""
     first = _FIRST_CELL + (context * 64 + condition) * 1024
     ids_BKT = rows.lens.rollout(a_BD, torch.arange(first, first + len(a_BD), device=a_BD.device), 0, DRAWS).ids_BKT
-    return [to_texts(rows.lens.tokenizer, ids_KT) for ids_KT in ids_BKT]
+    return [said(rows.lens, ids_KT).texts for ids_KT in ids_BKT]
 
 
 def logit_lens(rows: TrustRows, a_BD: Tensor, words: int = 20) -> list[str]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megalens.batch import Batch
 from megalens.data.loader import ActivationLoader
-from megalens.evaluate.measure import Said, Search, read_by_lens
+from megalens.evaluate.measure import Said, Search, read_by_lens, said
 from megalens.evaluate.metrics import mean_where_failed, normalised_error
-from megalens.evaluate.text import pad, to_texts
+from megalens.evaluate.text import pad, to_ids
 from megalens.evaluate.trust.identify import drawn_partners, hard_partners
 from megalens.lens.lens import ConsistencyLens
+from megalens.lens.text import drawn
 from megalens.statistics import ActivationStatistics
 
 PARTNERS = 9
@@ -103,7 +104,7 @@ class TrustRows:
             a_BD, sample_B = self.a_ND[numbers].to(self.lens.mean.device), torch.from_numpy(self.sample_id_N[numbers])
             ids_BKT = self.lens.rollout(a_BD, sample_B.to(a_BD.device), 0, draws).ids_BKT
             for draw, texts in enumerate(result):
-                texts += to_texts(self.lens.tokenizer, ids_BKT[:, draw])
+                texts += said(self.lens, ids_BKT[:, draw]).texts
         return result
 
     @torch.no_grad()
@@ -111,10 +112,16 @@ class TrustRows:
         """Nats per token ``[N]`` of the verbalizer saying each row's own tail, given an activation for each row."""
         parts = []
         for numbers in chunks(range(len(self)), self.batch_size):
-            tail_BT = self.lens.tail_ids(self.batch(numbers))
-            a_BD = a_ND[numbers].to(self.lens.mean.device)
-            parts.append(-self.lens.verbalizer.log_prob_of(a_BD, tail_BT).double().mean(1).cpu().numpy())
+            ids_BT, lengths_B = self.lens.frame.put(*self.lens.tails(self.batch(numbers)))
+            log_prob_BT = self.lens.verbalizer.log_prob_of(a_ND[numbers].to(self.lens.mean.device), ids_BT).double()
+            drawn_BT = torch.ones_like(log_prob_BT) if lengths_B is None else drawn(lengths_B, ids_BT.shape[1])
+            parts.append((-(log_prob_BT * drawn_BT).sum(1) / drawn_BT.sum(1)).cpu().numpy())
         return np.concatenate(parts)
+
+    @property
+    def length_N(self) -> np.ndarray:
+        """Tokens of each row's text."""
+        return np.array([len(ids) for ids in to_ids(self.lens.tokenizer, self.texts)])
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Some rows as a batch on the lens's device."""
@@ -134,7 +141,7 @@ def trust_rows(
     lens: ConsistencyLens, loader: ActivationLoader, statistics: ActivationStatistics, search: Search, count: int, batch_size: int = 64
 ) -> TrustRows:
     """The first ``count`` rows of a held-out dump (it is shuffled already), explained."""
-    a, contexts, doc_ids, sample_ids, said = [], [], [], [], Said([], [])
+    a, contexts, doc_ids, sample_ids, whole = [], [], [], [], Said([], [])
     for numbers in chunks(range(min(count, loader.num_rows)), batch_size):
         batch = loader.rows(numbers)
         a.append(batch["activation"].float())
@@ -142,10 +149,10 @@ def trust_rows(
         doc_ids.append(batch["doc_id"].numpy())
         sample_ids.append(batch["sample_id"].numpy())
         explained = search(lens, batch["activation"], batch["sample_id"])
-        said.texts += explained.texts
-        said.round_trips += explained.round_trips
+        whole.texts += explained.texts
+        whole.round_trips += explained.round_trips
     numbers_N = np.concatenate(doc_ids), np.concatenate(sample_ids)
-    return TrustRows(lens, statistics, torch.cat(a), contexts, *numbers_N, said.texts, np.array(said.round_trips), batch_size)
+    return TrustRows(lens, statistics, torch.cat(a), contexts, *numbers_N, whole.texts, np.array(whole.round_trips), batch_size)
 
 
 def chunks(items, size: int) -> Iterator:
