@@ -14,12 +14,13 @@ from megalens.evaluate.measure import said
 from megalens.evaluate.table import by_length, table
 from megalens.evaluate.text import to_ids
 from megalens.explain.search import BestOf, Greedy
+from megalens.lens.prompts import prompts_of
 from megalens.lens.text import drawn, lengths_of, prefix_lengths, tail_ids
 from megalens.objective import build_lens
 from megalens.objective.functions import token_mean
 from megalens.objective.reference import ReferenceStep
 from megalens.statistics import ActivationStatistics
-from megalens.tiny import articles, make_model
+from megalens.tiny import articles, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,60 @@ def test_the_reconstructor_reads_what_stands_between_the_tags_alone(model):
     torch.testing.assert_close(a_hat[1], bare[0], atol=1e-5, rtol=1e-5)
 
 
+# --------------------------------------------------------------------------------------- chat prompts, markers, fixed norms
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[it] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = make_model(tmp_path_factory.mktemp("model") / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_activation_enters_a_chat_prompt_as_readers_of_markers_put_it_there(chat_model):
+    """Their rule: render, tokenise, find the marker, put the rescaled activation in the place of its embedding, generate."""
+    keys = {"chat": True, "marker": "@", "inject": "embedding", "inject_norm": 3.0, "trainable_prompt": False, "mode": "frozen"}
+    lens, a_BD = make_lens(chat_model, t_text=5, **keys), make_batch()["activation"]
+    tokenizer, model = lens.tokenizer, lens.subject.lm.model
+    message = [{"role": "user", "content": "a thing@ is about"}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert rendered == f"[user] a thing@ is about{tokenizer.eos_token}[it] "
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    place, prompts = ids.index(*tokenizer("@")["input_ids"]), prompts_of(lens.config, tokenizer)
+    assert [*prompts.left, *prompts.marker, *prompts.right] == ids and tokenizer.eos_token_id in ids
+    embeds = model.get_input_embeddings()(torch.tensor(ids)).repeat(len(a_BD), 1, 1)
+    embeds[:, place] = a_BD * 3.0 / a_BD.norm(dim=-1, keepdim=True)
+    said_ids = []
+    for _ in range(5):
+        said_ids.append(model(inputs_embeds=embeds).logits[:, -1].argmax(-1))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(said_ids[-1])[:, None]], dim=1)
+    assert torch.equal(lens.verbalize(a_BD), torch.stack(said_ids, 1))
+    assert not [name for name in lens.lens_state_names() if name.startswith("verbalizer.projection")]
+    assert lens.verbalizer.projection(torch.zeros(1, 64)).abs().max() == 0
+
+
+def test_a_marker_that_is_not_one_token_of_its_own_is_refused(chat_model, model):
+    for marker, found in (("several tokens", "tokens"), (" a", "times in the prompt's ids")):
+        with pytest.raises(ConfigError, match=f"must be one token that stands in the prompt once; it is .*{found}"):
+            make_lens(chat_model, chat=True, marker=marker)
+    with pytest.raises(ConfigError, match="verbalizer.chat=true needs a tokenizer with a chat template"):
+        make_lens(model, chat=True)
+
+
+def test_step_of_a_chat_lens_equals_the_plain_reference_step(chat_model):
+    keys = {"chat": True, "marker": "@", "inject": "embedding", "inject_norm": 3.0, "lm_base_weight": 1.0}
+    lens, batch = make_lens(chat_model, **keys), make_batch()
+    fast, plain = (module(batch, at(lens)) for module in (lens, ReferenceStep(lens)))
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-5, rtol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------- measurement
 
 
@@ -292,6 +347,7 @@ def test_a_prefix_is_one_for_all_draws_of_a_sample_and_uniform():
         ({"verbalizer": {"tag": "x"}}, "set verbalizer.end_token=eos"),
         ({"verbalizer": {"tag": "a b", "end_token": "eos"}}, "must be one word"),
         ({"verbalizer": {"shortest_prefix": 9}}, "must not be more than t_text=8"),
+        ({"verbalizer": {"inject_norm": 3.0}}, "needs verbalizer.inject=embedding"),
         ({"evaluation": {"prefixes": [0, 2]}}, "must lie between 1 and t_text=8"),
         ({"evaluation": {"prefixes": [2, 9]}}, "must lie between 1 and t_text=8"),
     ],

@@ -21,11 +21,19 @@ class Verbalizer:
     """Activation to text."""
 
     prompt: str = setting("The text<act> ends with:", "the prompt; <act> is the slot of the activation")
+    chat: bool = setting(False, "put the prompts through the tokenizer's chat template, as a user's message that is to be answered")
+    marker: str | None = setting(
+        None,
+        "what stands in the slot when the prompt is tokenised, one token, e.g. ●; null: what is left and right of it is tokenised alone",
+    )
     plain_prompt: str = setting("The text ends with:", "the same prompt without an activation, for the subject's side of the LM term")
     inject: str = setting(
         "block",
         "where the activation enters: block (replaces the slot's residual after block layer_l) or embedding",
         ("block", "embedding"),
+    )
+    inject_norm: float | None = setting(
+        None, "with inject=embedding: the activation itself enters, rescaled to this norm; null: a trained projection of it"
     )
     end_token: str | None = setting(
         None, "what ends a text of at most t_text tokens: eos, or a string that is one token; null: every text has exactly t_text tokens"

@@ -166,6 +166,10 @@ def _check_loss(config: Config) -> None:
 def _check_text(config: Config) -> None:
     options, prefixes = config.verbalizer, config.evaluation.prefixes
     _require(options.prompt.count("<act>") == 1, f"verbalizer.prompt={options.prompt!r} must hold the slot <act> exactly once")
+    _require(
+        options.inject_norm is None or (options.inject == "embedding" and options.inject_norm > 0),
+        f"verbalizer.inject_norm={options.inject_norm} must be greater than 0 and needs verbalizer.inject=embedding",
+    )
     _require(options.tag is None or options.tag.isidentifier(), f"verbalizer.tag={options.tag} must be one word, e.g. explanation")
     _require(options.tag is None or options.end_token is not None, "verbalizer.tag needs texts that end; set verbalizer.end_token=eos")
     _require(

@@ -166,8 +166,9 @@ class ConsistencyLens(nn.Module):
     def shard_units(self) -> list[list[nn.Module]]:
         """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
         lm = self.subject.lm
-        whole = [*self._all_blocks(), self.verbalizer.projection, self.reconstructor.head]
-        whole += [self.reference.projection] if self.reference is not None else []
+        maps = [self.verbalizer.projection, self.reconstructor.head]
+        maps += [self.reference.projection] if self.reference is not None else []
+        whole = [*self._all_blocks(), *(part for part in maps if any(True for _ in part.parameters()))]
         vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
         inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
         rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]

@@ -15,13 +15,15 @@ from megalens.families.protocol import Settings
 
 
 class Prompts(NamedTuple):
-    """Token ids of the verbalizer's prompt before and behind its slot, of its plain prompt, and of the reconstructor's two."""
+    """Token ids of the verbalizer's prompt before and behind its slot, of its plain prompt, of the reconstructor's two, and of the
+    marker that stands in the slot, where there is one."""
 
     left: list[int]
     right: list[int]
     plain: list[int]
     before: list[int]
     suffix: list[int]
+    marker: list[int]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> list[int]:
@@ -44,14 +46,54 @@ def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     Raises:
         ConfigError: as of :func:`prompt_ids`.
     """
-    left, right = config.verbalizer.prompt.split("<act>")
+    options, chat = config.verbalizer, config.verbalizer.chat
+    left, right, marker = _around_slot(config, tokenizer)
+    plain = options.plain_prompt if not chat else chat_prompt(tokenizer, options.plain_prompt)
     return Prompts(
-        tokenizer(left)["input_ids"],
-        tokenizer(right, add_special_tokens=False)["input_ids"],
-        prompt_ids(tokenizer, config.verbalizer.plain_prompt, "verbalizer.plain_prompt"),
+        left,
+        right,
+        tokenizer(plain, add_special_tokens=False)["input_ids"] if chat else prompt_ids(tokenizer, plain, "verbalizer.plain_prompt"),
         prompt_ids(tokenizer, config.reconstructor.prompt, "reconstructor.prompt"),
         tokenizer(config.reconstructor.suffix, add_special_tokens=False)["input_ids"],
+        marker,
     )
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as the one message of a user in the tokenizer's chat template, up to where the assistant begins.
+
+    It is to be tokenised without special tokens: the template has written them.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+    try:
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"verbalizer.chat=true needs a tokenizer with a chat template: {str(error).splitlines()[0]}") from None
+
+
+def _around_slot(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """Token ids before the slot and behind it, and the marker's.
+
+    Without a marker both sides are tokenised alone. With one the prompt is tokenised whole, the marker in the slot, as readers do that
+    look for the marker among the ids.
+    """
+    options = config.verbalizer
+    text = chat_prompt(tokenizer, options.prompt) if options.chat else options.prompt
+    if text.count("<act>") != 1:
+        raise ConfigError("verbalizer.chat=true: the chat template does not print the prompt's slot <act> exactly once")
+    left, right = text.split("<act>")
+    if options.marker is None:
+        ids = tokenizer(left, add_special_tokens=not options.chat)["input_ids"]
+        return ids, tokenizer(right, add_special_tokens=False)["input_ids"], []
+    marker = tokenizer(options.marker, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(left + options.marker + right, add_special_tokens=not options.chat)["input_ids"]
+    if len(marker) != 1 or ids.count(marker[0]) != 1:
+        found = f"{len(marker)} tokens" if len(marker) != 1 else f"{ids.count(marker[0])} times in the prompt's ids"
+        raise ConfigError(f"verbalizer.marker={options.marker!r} must be one token that stands in the prompt once; it is {found}")
+    slot = ids.index(marker[0])
+    return ids[:slot], ids[slot + 1 :], marker
 
 
 def end_id_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:

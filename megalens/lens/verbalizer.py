@@ -81,6 +81,19 @@ class StandardisedLinear(nn.Module):
         return self.offset + self.scale * z.to(wide.dtype)
 
 
+class FixedNorm(nn.Module):
+    """``norm * x / |x|``: an activation rescaled and not otherwise changed; 0 stays 0. It has no parameters."""
+
+    def __init__(self, norm: float):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]`` in float32 (float64 stays)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return wide * (self.norm / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+
 class Draw(NamedTuple):
     """One token of every row: id ``[B]``, embedding ``[B, D]``, the normed hidden state it was drawn from, log-probability and entropy."""
 
@@ -105,6 +118,7 @@ class Verbalizer(nn.Module):
     """
 
     lm: CausalLM
+    projection: StandardisedLinear | FixedNorm
 
     def __init__(
         self,
@@ -120,11 +134,14 @@ class Verbalizer(nn.Module):
         options, mode = config.verbalizer, config.mode_of("verbalizer")
         self.end_id = end_id_of(config, tokenizer)
         self.t_text, self.checkpoint_every = config.t_text, options.checkpoint_every_n_tokens
-        left_ids, right_ids, *_ = prompts_of(config, tokenizer)
-        embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=lm.vocabulary.in_weight.device, dtype=torch.long))
+        prompts, device = prompts_of(config, tokenizer), lm.vocabulary.in_weight.device
+        left_ids, right_ids = prompts.left, prompts.right
+        embeddings = lm.embed(torch.tensor(left_ids + right_ids, device=device, dtype=torch.long))
         vocabulary = lm.vocabulary.in_weight.split(1024)  # never all of it in float32
         middle_D = sum(rows.float().sum(0) for rows in vocabulary) / len(lm.vocabulary.in_weight)
         slot = (middle_D * lm.embed_scale)[None].to(embeddings.dtype)
+        if prompts.marker:
+            slot = lm.embed(torch.tensor(prompts.marker, device=device))
         self.slot, self.length = len(left_ids), len(left_ids) + 1 + len(right_ids)
         self.prompt = PromptEmbedding(torch.cat([embeddings[: self.slot], slot, embeddings[self.slot :]]))
         self.prompt.requires_grad_(options.trainable_prompt)
@@ -137,6 +154,8 @@ class Verbalizer(nn.Module):
             norm = torch.cat([rows.float().norm(dim=-1) for rows in vocabulary]).mean().to(mean_D.device) * lm.embed_scale
             offset_D, scale_D = torch.zeros_like(mean_D), norm / len(mean_D) ** 0.5 * torch.ones_like(std_D)
         self.projection = StandardisedLinear(mean_D, std_D, offset_D, scale_D, lm.dtype)
+        if options.inject_norm is not None:
+            self.projection = FixedNorm(options.inject_norm)
         trained = range(self.enters, self.blocks)
         self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
         self.own_norm = deepcopy(lm.norm) if mode == "full" else None

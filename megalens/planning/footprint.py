@@ -215,8 +215,14 @@ class _Words:
 
     eos_token_id = 0
 
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
     def __call__(self, text: str, **_) -> dict[str, list[int]]:
-        return {"input_ids": [0] * len(re.findall(r"\w+|[^\w\s]", text))}
+        return {"input_ids": [self._known.setdefault(word, len(self._known)) for word in re.findall(r"\w+|[^\w\s]", text)]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_) -> str:
+        return messages[0]["content"]
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
