@@ -129,15 +129,23 @@ def measure(folder: Path, options: argparse.Namespace, size: str, mode: str) -> 
 
 def launch(folder: Path, options: argparse.Namespace, size: str, mode: str, ranks: int, engine: str) -> dict[str, int]:
     """What an engine needs on so many ranks, in processes that have run no other: of the rank that holds most."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, __file__, "--size", size, "--modes", mode, "--engines", engine]
-    command += ["--dtype", options.dtype, "--model", options.model, "--on-this-rank", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {engine} on {ranks} ranks failed:\n{done.stderr[-3000:]}")
+    arguments = ["--size", size, "--modes", mode, "--engines", engine, "--dtype", options.dtype, "--model", options.model]
+    start(ranks, [*arguments, "--on-this-rank", str(folder)])
     seen = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
     return max(seen, key=lambda one: one["held"])
+
+
+def start(ranks: int, arguments: list[str]) -> None:
+    """Run this script on so many ranks.
+
+    Raises:
+        SystemExit: one failed, with its error.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *launcher, __file__, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: the run on {ranks} ranks failed:\n{done.stderr[-3000:]}")
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -177,6 +185,7 @@ def run(config, size: tuple[int, ...]) -> dict[str, int]:
     from megalens.families.loading import check_model
     from megalens.objective import Step, build_lens
 
+    gc.freeze()  # what the libraries made when they were imported; looking through it at every count takes minutes
     width = check_model(config).hidden_size
     batch = make_batch(width, *size[1:])
     maps = {path.stat().st_size for path in Path(config.model_name).glob("*.safetensors")} if shards_weights(config) else ()

@@ -89,11 +89,20 @@ def prepare(folder: Path) -> None:
 
 def launch(folder: Path, ranks: int, asked: argparse.Namespace, engines: list[str]) -> None:
     """All runs of a number of ranks in one launch."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     options = ["--optimizers", asked.optimizers, "--modes", asked.modes, "--engines", ",".join(engines)]
     options += ["--steps", str(asked.steps), "--on-this-rank", str(folder)]
+    start(ranks, options)
+
+
+def start(ranks: int, arguments: list[str]) -> None:
+    """Run this script on so many ranks.
+
+    Raises:
+        SystemExit: one failed, with its error.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *launcher, __file__, *options], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *launcher, __file__, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: the run on {ranks} ranks failed:\n{done.stderr[-3000:]}")
 

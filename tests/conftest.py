@@ -2,20 +2,23 @@
 
 import os
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles megalens anew
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core already; threads would only take turns
 
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launched import dump_tiny, make_place
 from torch.profiler import ProfilerActivity, profile
 from wandb_server import WandbServer
 
 from megalens import tiny
 from megalens.device import usable_cores
+from megalens.files import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -88,13 +91,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first test process to ask for it makes, for all of them; read only."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, lock = base / name, Lock(base / f".{name}.lock")
+    lock.acquire(wait=True)
+    try:
+        if not (base / f".{name}.made").exists():
+            folder.mkdir()
+            make(folder)
+            (base / f".{name}.made").touch()
+    finally:
+        lock.release()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder ``data`` as ``python tools/make_tiny.py`` makes it; read only."""
-    data = tmp_path_factory.mktemp("tiny") / "data"
-    tiny.make_model(data / "models" / "tiny-llama")
-    tiny.make_text(data / "corpus" / "tiny.jsonl")
-    return data
+
+    def make(data: Path) -> None:
+        tiny.make_model(data / "models" / "tiny-llama")
+        tiny.make_text(data / "corpus" / "tiny.jsonl")
+
+    return made_once(tmp_path_factory, "tiny", make)
 
 
 @pytest.fixture
@@ -113,14 +133,7 @@ def checkout(tmp_path, tiny_data, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dump(tmp_path_factory, tiny_data) -> Path:
     """A folder ``data`` with the tokens and activations of conf/tiny.yaml; read only."""
-    folder = tmp_path_factory.mktemp("dumped")
-    (folder / "data").mkdir()
-    for name in ("models", "corpus"):
-        (folder / "data" / name).symlink_to(tiny_data / name)
-    for tool in ("pretokenize.py", "dump_acts.py"):
-        command = [sys.executable, str(ROOT / "tools" / tool), f"config={ROOT / 'conf' / 'tiny.yaml'}"]
-        subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    return folder / "data"
+    return made_once(tmp_path_factory, "dumped", lambda folder: dump_tiny(make_place(folder, tiny_data))) / "data"
 
 
 @pytest.fixture

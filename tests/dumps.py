@@ -1,8 +1,7 @@
-"""Small dumps of made-up rows, for the tests of what reads them; and processes, for the tests of what makes them."""
+"""Small dumps of made-up rows, for the tests of what reads them."""
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import torch
@@ -50,11 +49,3 @@ def make_dump(folder: Path, count: int = 250, seed: int = 0, **changes) -> dict[
         writer.write(index, {name: value[part.start : part.stop] for name, value in rows.items()})
     assert writer.finish()
     return rows
-
-
-def quick_processes():
-    """A multiprocessing context whose processes start within a moment: the imports are done once."""
-    context = multiprocessing.get_context("forkserver")
-    transformers = [f"transformers.models.{name}" for name in ("auto.tokenization_auto", "auto.modeling_auto", "llama.modeling_llama")]
-    context.set_forkserver_preload(["megalens.data.dump", *transformers])
-    return context

@@ -23,9 +23,23 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
+import quick
 import torch
-from dumps import make_dump, quick_processes
-from launched import ALL_TERMS, DEEPSPEED, TORCHRUN, TRAIN, curve, environment, free_port, killed_at, make_place, run
+from dumps import make_dump
+from launched import (
+    ALL_TERMS,
+    DEEPSPEED,
+    TRAIN,
+    curve,
+    dump_tiny,
+    environment,
+    free_port,
+    killed_at,
+    make_place,
+    run,
+    run_quickly,
+    run_ranks,
+)
 from tiny_run import make_subject_and_dump, tiny_config
 
 from megalens.checkpoint import CheckpointError
@@ -44,7 +58,7 @@ SETTINGS = {"seq_len": 32, "min_pos": 8, "vectors_per_sequence": 8, "batch_size"
 
 def start(config: Config, ranks: int) -> list:
     """Ranks that dump at once."""
-    processes = [quick_processes().Process(target=dump, args=(config,)) for _ in range(ranks)]
+    processes = [quick.context().Process(target=dump, args=(config,)) for _ in range(ranks)]
     for process in processes:
         process.start()
     return processes
@@ -225,13 +239,13 @@ def change_engines(place: Path, optimizer: str) -> dict[str, float]:
     common += ["batch_size=12", "validation.num_samples=12", f"optimizer={optimizer}"]
     common += ["learning_rate=0.01"] if optimizer == "sgd" else []
     name, alone = f"changed-{optimizer}", f"alone-{optimizer}"
-    run(place, [*TRAIN, *common, f"run_name={alone}"])
+    run_quickly(place, [*TRAIN, *common, f"run_name={alone}"])
     script = ["tests/train_in_parts.py", *common, f"run_name={name}"]
     zero = [*DEEPSPEED, "2", "--master_port", str(free_port()), *script, "--deepspeed", "sharded.json"]
     assert killed_at(place, zero, name, step=4) == -signal.SIGKILL
     assert killed_at(place, [sys.executable, *script, "engine=fsdp"], name, step=8) == -signal.SIGKILL
-    done = run(place, [*TORCHRUN, "3", *script])
-    assert re.search(rf"training outputs/{name} from step-000000(06|08|10) of outputs/{name} on 3 x cpu", done.stderr), done.stderr
+    said = run_ranks(place, 3, [sys.executable, *script])
+    assert re.search(rf"training outputs/{name} from step-000000(06|08|10) of outputs/{name} on 3 x cpu", said), said
     assert len(list((place / "outputs" / name / "last").glob("lens-*-of-00003.safetensors"))) == 3
     mine, theirs = curve(place, name), curve(place, alone)
     assert [line.keys() for line in mine] == [line.keys() for line in theirs]
@@ -253,7 +267,7 @@ def main() -> None:
         if sys.argv[1] in ("train-kills", "elastic"):
             make_model(place / "tiny" / "models" / "tiny-llama")
             make_text(place / "tiny" / "corpus" / "tiny.jsonl")
-            make_place(place, place / "tiny")
+            dump_tiny(make_place(place, place / "tiny"))
         if sys.argv[1] == "train-kills":
             print(dict(kill_trainings(place, number)))
             return

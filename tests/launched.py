@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import quick
+from quick import ROOT
+
 from megalens.training.track import read_curve
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [sys.executable, "megalens/train.py"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -22,18 +24,22 @@ TEN_STEPS = ["max_train_steps=10s", "checkpoint.save_interval=3s", "validation.i
 
 
 def make_place(folder: Path, data: Path) -> Path:
-    """A user's folder in which conf/tiny.yaml's activations are dumped; ``data`` holds its model and text."""
+    """A user's folder with the repository's files, and with what ``data`` holds: a model and text, and what was made of them."""
     for name in ("megalens", "tools", "conf", "ds_configs", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
-    for name in ("models", "corpus"):
-        (folder / "data" / name).symlink_to(data / name)
+    for each in data.iterdir():
+        (folder / "data" / each.name).symlink_to(each)
     sharded = json.loads((ROOT / "ds_configs" / "z3.json").read_text())
     sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything in shards, however small
     (folder / "sharded.json").write_text(json.dumps(sharded))
-    for tool in ("pretokenize.py", "dump_acts.py"):
-        run(folder, [sys.executable, f"tools/{tool}", "config=conf/tiny.yaml"])
     return folder
+
+
+def dump_tiny(folder: Path) -> None:
+    """Pretokenize and dump conf/tiny.yaml in a user's folder."""
+    for tool in ("pretokenize.py", "dump_acts.py"):
+        run_quickly(folder, [sys.executable, f"tools/{tool}", "config=conf/tiny.yaml"])
 
 
 def environment(**more):
@@ -45,6 +51,21 @@ def run(folder, command, code=0, **options):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**options))
     assert done.returncode == code, done.stderr[-3000:]
     return done
+
+
+def run_quickly(folder, command, code=0, **options):
+    """The same without the seconds of a start; see tests/quick.py."""
+    done = quick.run(command, folder, environment(**options))
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def run_ranks(folder, count, command, code=0, **options):
+    """A command on ranks that meet as under torchrun; what all of them printed on stderr."""
+    ranks = quick.run_ranks(count, command, folder, environment(**options), free_port())
+    said = "".join(rank.stderr for rank in ranks)
+    assert any(rank.returncode for rank in ranks) == bool(code), said[-3000:]
+    return said
 
 
 def curve(folder, name):
@@ -59,15 +80,17 @@ def free_port():
 
 
 def killed_at(folder, command, name, step, number=signal.SIGKILL):
-    """Start a training, and send its whole process group a signal as soon as its curve has reached a micro-step."""
+    """Start a training, and send its whole process group a signal as soon as its curve has reached a micro-step; its exit code."""
     path = folder / "outputs" / name / "metrics.jsonl"
-    with subprocess.Popen(
-        command, cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None:
-            lines = path.read_text().splitlines() if path.exists() else []
-            if lines and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"] >= step:
-                os.killpg(process.pid, number)
-                break
-            time.sleep(0.01)
-        return process.wait()
+    if command[:1] == [sys.executable] and command[1].endswith(".py"):
+        process = quick.Started(command, folder, environment())
+    else:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, **quiet)
+    while process.poll() is None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"] >= step:
+            os.killpg(process.pid, number)
+            break
+        time.sleep(0.01)
+    return process.wait()

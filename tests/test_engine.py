@@ -2,16 +2,14 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocated_by
+from conftest import ROOT, allocated_by
+from launched import run_ranks
 from torch import nn
 
 from megalens.config import Config
@@ -19,8 +17,6 @@ from megalens.engine import EngineError, build_engine, state
 from megalens.engine.base import optimizer_groups
 from megalens.engine.local import PART
 from megalens.engine.state import OptimizerState
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -248,7 +244,6 @@ ENGINES = ["None", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 @pytest.fixture(scope="module")
 def alone():
     """Six updates of one process, by dtype."""
-    sys.path.insert(0, str(Path(__file__).parent))
     import engine_ranks
 
     result = {}
@@ -264,11 +259,7 @@ def alone():
 def together(tmp_path_factory):
     """What two ranks saw on every engine."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "engine_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(folder)]
-    root = script.parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ROOT, 2, [sys.executable, "tests/engine_ranks.py", folder])
     return json.loads((folder / "seen-2.json").read_text())
 
 

@@ -1,11 +1,10 @@
 """Measuring on several ranks that share a lens's weights."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from launched import ROOT, environment
+from launched import ROOT, run_ranks
 from tiny_run import make_subject_and_dump
 
 
@@ -19,21 +18,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def measured(folder, engine, *launcher):
-    command = [sys.executable, *launcher, "tests/measured_ranks.py", str(folder), engine]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+def measured(folder, engine, ranks):
+    run_ranks(ROOT, ranks, [sys.executable, "tests/measured_ranks.py", folder, engine])
     return [json.loads((folder / f"{engine}-{part}.json").read_text()) for part in range(2)]
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return measured(folder, "local")
+    return measured(folder, "local", 1)
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_ranks_with_empty_and_long_texts_score_as_one_process_does(folder, alone, engine):
-    together = measured(folder, engine, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    together = measured(folder, engine, 2)
     assert [line["failed"] for line in alone] == [[1, 1, 1, 1], [0, 0, 1, 0]]
     for mine, theirs in zip(together, alone, strict=True):
         assert mine["texts"] == theirs["texts"]

@@ -1,7 +1,10 @@
 """What a rank of a sharded engine holds, whether the planner says so, and what loading takes beside it."""
 
+import sys
+
 import memory_ranks
 import pytest
+from launched import ROOT, run_ranks
 
 from megalens.planning import fit
 
@@ -13,6 +16,7 @@ def found(tmp_path_factory):
     memory_ranks.prepare(folder, "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "FILES", fit.FILES)  # which the benchmark changes
+        patch.setattr(memory_ranks, "start", lambda ranks, line: run_ranks(ROOT, ranks, [sys.executable, memory_ranks.__file__, *line]))
         return {line["engine"]: line for line in memory_ranks.measure(folder, options, "tiny", "full")}
 
 

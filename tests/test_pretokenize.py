@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
+import quick
 import zstandard
-from dumps import quick_processes
 
 from megalens.config import config_from_dict
 from megalens.data import DataError
@@ -184,7 +184,7 @@ def test_many_processes_give_the_same_tokens(make_config, place, tmp_path):
 
 def test_ranks_that_start_together_make_it_once(make_config):
     config = make_config()
-    ranks = [quick_processes().Process(target=pretokenize, args=(config,)) for _ in range(3)]
+    ranks = [quick.context().Process(target=pretokenize, args=(config,)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

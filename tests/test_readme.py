@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import quick
 from conftest import ROOT
 from pyarrow import parquet
 
@@ -49,18 +50,11 @@ def commands(page):
 
 @pytest.fixture
 def checked_out(tmp_path, monkeypatch):
-    """A user's folder with the repository's files but conf/, and nothing made yet; its environment is active.
-
-    ``megalens`` is this package's command, whatever is installed; tests/test_wheel.py tries the installed one.
-    """
+    """A user's folder with the repository's files but conf/, and nothing made yet; its environment is active."""
     for name in ("megalens", "tools", "ds_configs", "benchmarks", "sweeps"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    command = tmp_path / ".bin" / "megalens"
-    command.parent.mkdir()
-    command.write_text('#!/bin/sh\nexec python -m megalens "$@"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:{Path(sys.executable).parent}", prepend=":")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
@@ -82,8 +76,18 @@ def after_make_demo(checked_out):
 
 
 def run(command):
-    result = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}"
+    """Run a line as bash does; Python is started in the quick way (tests/quick.py) where nothing but words stands behind it.
+
+    ``megalens`` is this package's command, whatever is installed; tests/test_wheel.py tries the installed one.
+    """
+    words = shlex.split(command)
+    if words[0] == "megalens":
+        words[:1] = ["python", "-m", "megalens"]
+    if words[0] == "python" and not set(command) & set("|&;<>$`*"):
+        done = quick.run(words)
+    else:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
 def run_page(page):
@@ -91,7 +95,8 @@ def run_page(page):
         if command not in NOT_RUN:
             run(command)
     for code in blocks(page, "python"):
-        run(shlex.join(["python", "-c", code]))
+        Path("from_python.py").write_text(code, encoding="utf-8")
+        run("python from_python.py")
 
 
 @pytest.mark.minutes

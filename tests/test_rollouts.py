@@ -1,11 +1,10 @@
 """Rollouts and the training pass on them are two calls that sharded engines serve as one process does."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from launched import ROOT, environment
+from launched import ROOT, run_ranks
 from tiny_run import make_subject_and_dump
 
 
@@ -20,10 +19,7 @@ def folder(tmp_path_factory):
 
 
 def trained(folder, engine, ranks):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "tests/rollout_ranks.py", str(folder), engine]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ROOT, ranks, [sys.executable, "tests/rollout_ranks.py", folder, engine])
     return [json.loads((folder / f"rollouts-{engine}-{rank}.json").read_text()) for rank in range(ranks)]
 
 

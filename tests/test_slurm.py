@@ -14,6 +14,7 @@ import pytest
 import slurm_cluster
 import torch
 from conftest import ROOT
+from launched import TRAIN, run_quickly
 from safetensors.torch import load_file
 from wandb_client import records
 from wandb_server import WandbServer
@@ -35,15 +36,15 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_data):
-    """A user's folder with the tiny model and text, and room for logs."""
+def place(tmp_path_factory, tiny_dump):
+    """A user's folder in which conf/tiny.yaml's activations are dumped, and room for logs."""
     folder = tmp_path_factory.mktemp("place")
     for name in ("megalens", "tools", "conf", "ds_configs", "slurm"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("data", "logs"):
         (folder / name).mkdir()
-    for name in ("models", "corpus"):
-        (folder / "data" / name).symlink_to(tiny_data / name)
+    for each in tiny_dump.iterdir():
+        (folder / "data" / each.name).symlink_to(each)
     return folder
 
 
@@ -53,10 +54,8 @@ def submit(slurm, place, *arguments, **environment):
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, place):
-    """The long training by one process, in a folder in which the text and the dump are ready."""
-    for command in (["tools/pretokenize.py", "config=conf/tiny.yaml"], ["tools/dump_acts.py", "config=conf/tiny.yaml"]):
-        slurm.call(sys.executable, *command, cwd=place, **ENVIRONMENT)
-    slurm.call(sys.executable, "megalens/train.py", *LONG, "run_name=undisturbed", cwd=place, **ENVIRONMENT)
+    """The long training by one process."""
+    run_quickly(place, [*TRAIN, *LONG, "run_name=undisturbed"])
     return place / "outputs" / "undisturbed"
 
 
@@ -168,7 +167,7 @@ parameters:
 """
 
 
-def test_four_agents_do_a_grid_of_four_each_point_once_and_one_that_is_preempted_goes_on(slurm, place, undisturbed):
+def test_four_agents_do_a_grid_of_four_each_point_once_and_one_that_is_preempted_goes_on(slurm, place):
     (place / "sweep.yaml").write_text(SWEEP)
     with WandbServer() as server:
         command = ["bash", "slurm/submit_sweep.sh", "sweep.yaml", "4", "--cpus-per-task=1"]

@@ -19,9 +19,9 @@ TWO_RANKS = [*DEEPSPEED, "2", "--master_port", "{port}", "megalens/train.py", "-
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_data):
+def place(tmp_path_factory, tiny_dump):
     """A user's folder in which conf/tiny.yaml's activations are dumped."""
-    return make_place(tmp_path_factory.mktemp("place"), tiny_data)
+    return make_place(tmp_path_factory.mktemp("place"), tiny_dump)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,11 @@
 """Blocks in slices on several ranks are trained, saved and decoded as whole ones."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import tensor_ranks
-from launched import ROOT, environment
+from launched import ROOT, run_ranks
 from safetensors.torch import load_file
 
 from megalens.config import Config, ConfigError, config_from_dict
@@ -21,11 +20,7 @@ def sliced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sliced")
     for kind in tensor_ranks.CASES:
         make_model(folder / kind, kind)
-    script = ROOT / "tests" / "tensor_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(script), str(folder)]
-    scripts = f"{ROOT}:{ROOT / 'benchmarks'}"
-    done = subprocess.run(command, env=environment(PYTHONPATH=scripts), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ROOT, 4, [sys.executable, "tests/tensor_ranks.py", folder], PYTHONPATH=f"{ROOT}:{ROOT / 'benchmarks'}")
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from endure import change_engines
-from launched import ALL_TERMS, ROOT, TEN_STEPS, TORCHRUN, TRAIN, curve, free_port, killed_at, make_place, run
+from launched import ALL_TERMS, ROOT, TEN_STEPS, TORCHRUN, TRAIN, curve, free_port, killed_at, make_place, run, run_quickly, run_ranks
 from safetensors.torch import load_file
 
 from megalens import cli
@@ -27,22 +27,21 @@ from megalens.training.start import sole_training
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_data):
+def place(tmp_path_factory, tiny_dump):
     """A user's folder in which conf/tiny.yaml's activations are dumped."""
-    return make_place(tmp_path_factory.mktemp("place"), tiny_data)
+    return make_place(tmp_path_factory.mktemp("place"), tiny_dump)
 
 
-def train(folder, *arguments, code=0, launcher=(), **options):
-    command = [*TRAIN, *arguments] if not launcher else [*launcher, "megalens/train.py", *arguments]
-    return run(folder, command, code, **options)
+def train(folder, *arguments, code=0):
+    return run_quickly(folder, [*TRAIN, *arguments], code)
 
 
-def refused(folder, *arguments, **options):
+def refused(folder, *arguments, ranks=1):
     """The one line of an error, of a command."""
-    done = train(folder, *arguments, code=1, **options)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr or "launcher" in options  # torchrun adds its own
+    said = run_ranks(folder, ranks, [*TRAIN, *arguments], code=1)
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
     return lines[0]
 
 
@@ -68,7 +67,7 @@ def here(place, monkeypatch):
 
 def test_by_path_without_an_installation_no_package_is_shadowed(place):
     """megalens/ stands first on sys.path then, with folders called data and ops and modules called track and config in it."""
-    done = train(place, "config=conf/tiny.yaml", "run_name=by-path", "max_train_steps=2s", installed=False)
+    done = run(place, [*TRAIN, "config=conf/tiny.yaml", "run_name=by-path", "max_train_steps=2s"], installed=False)
     assert "finished: outputs/by-path/last at micro-step 2" in done.stderr
     assert "training outputs/by-path from fresh on 1 x cpu" in done.stderr
     assert re.search(r"fve +-?\d+\.\d\d +\.\.\..* -> ", done.stderr), "sample explanations are shown at the end"
@@ -113,14 +112,13 @@ def assert_same_losses(mine, theirs):
 
 
 def test_torchrun_on_two_ranks_computes_the_same_run(place, alone):
-    launcher = [*TORCHRUN, "2"]
-    train(place, "config=conf/tiny.yaml", "run_name=torchrun", *ALL_TERMS, *TEN_STEPS, launcher=launcher)
+    run(place, [*TORCHRUN, "2", "megalens/train.py", "config=conf/tiny.yaml", "run_name=torchrun", *ALL_TERMS, *TEN_STEPS])
     assert_same_losses(curve(place, "torchrun"), alone)
 
 
 def test_two_ranks_with_slices_of_the_blocks_compute_the_same_run(place, alone):
     slices = ["engine=fsdp", "fsdp.tensor_ranks=2"]
-    train(place, "config=conf/tiny.yaml", "run_name=slices", *slices, *ALL_TERMS, *TEN_STEPS, launcher=[*TORCHRUN, "2"])
+    run_ranks(place, 2, [*TRAIN, "config=conf/tiny.yaml", "run_name=slices", *slices, *ALL_TERMS, *TEN_STEPS])
     assert_same_losses(curve(place, "slices"), alone)
 
 
@@ -232,9 +230,8 @@ def test_what_it_refuses_each_in_one_line(here, monkeypatch):
 
 
 def test_batch_that_the_ranks_cannot_share_is_refused_once(place):
-    launcher = [*TORCHRUN, "2"]
-    assert "batch_size=7 cannot be shared by 2 processes" in refused(place, "config=conf/tiny.yaml", "batch_size=7", launcher=launcher)
-    odd = refused(place, "config=conf/tiny.yaml", "batch_size=6", "kl_base_weight=1", launcher=launcher)
+    assert "batch_size=7 cannot be shared by 2 processes" in refused(place, "config=conf/tiny.yaml", "batch_size=7", ranks=2)
+    odd = refused(place, "config=conf/tiny.yaml", "batch_size=6", "kl_base_weight=1", ranks=2)
     assert "kl_base_weight needs an even number" in odd
 
 

@@ -1,12 +1,10 @@
 """A training that hangs ends in bounded time, and its one line names the rank and the step."""
 
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import quick
+from launched import environment, free_port
+
 RANK = """
 import sys, time, torch
 from megalens.engine import join_ranks
@@ -22,21 +20,12 @@ with Watchdog(2.0) as watchdog:
 """
 
 
-def test_hung_rank_ends_all_and_is_named_with_its_step():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK], env=shared | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode for process in ranks)
+def test_hung_rank_ends_all_and_is_named_with_its_step(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    shared = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    ranks = [quick.Started([sys.executable, "rank.py"], tmp_path, shared | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert all(rank.wait() for rank in ranks)
+    errors = [rank.printed()[1] for rank in ranks]
     lines = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors
     assert "stall_seconds=2" in lines[0]
