@@ -33,16 +33,23 @@ class TokenExplanation:
 
 @torch.no_grad()
 def explain_ids(
-    lens: ConsistencyLens, ids: list[int], statistics: ActivationStatistics, search: Search, batch_size: int = 64
+    lens: ConsistencyLens,
+    ids: list[int],
+    statistics: ActivationStatistics,
+    search: Search,
+    batch_size: int = 64,
+    positions: list[int] | None = None,
 ) -> list[TokenExplanation]:
-    """Explain every position of a token sequence, the first ones (attention sinks, which no lens was trained on) included."""
+    """Explain positions of a token sequence in the order given; None: all, the first ones (attention sinks, which no lens was trained on)
+    included."""
     resid_CD = lens.subject.residual(torch.tensor([ids], device=lens.mean.device))[0].float()
-    position_C = torch.arange(len(ids), device=resid_CD.device)
+    chosen = torch.tensor(range(len(ids)) if positions is None else positions, dtype=torch.long, device=resid_CD.device)
     texts, fve = [], []
-    for a_BD, position_B in zip(resid_CD.split(batch_size), position_C.split(batch_size), strict=True):
+    for position_B in chosen.split(batch_size):
+        a_BD = resid_CD[position_B]
         said = search(lens, a_BD, position_B).texts
         rebuild = read_by_lens(lens, said)
         fve += row_fve(row_statistics(a_BD, rebuild.a_hat_BD, statistics, rebuild.failed_B)).tolist()
         texts += said
     tokens = pieces(lens.tokenizer, ids)
-    return [TokenExplanation(*each, search.name) for each in zip(tokens, texts, fve, strict=True)]
+    return [TokenExplanation(tokens[at], text, value, search.name) for at, text, value in zip(chosen.tolist(), texts, fve, strict=True)]

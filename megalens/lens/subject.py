@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,33 @@ class Subject(nn.Module):
         """
         with adapter(self.lm, None):
             return self.lm.final_norm(read.prefix.go_on(self.lm, a_BD.to(self.lm.dtype)))
+
+    @torch.no_grad()
+    def go_on(
+        self, input_ids_BC: Tensor, tokens: int, edit: Callable[[Tensor, Tensor], Tensor] | None = None, block: int | None = None
+    ) -> Tensor:
+        """The subject's own greedy continuation ``[B, tokens]`` of contexts of one length.
+
+        Args:
+            input_ids_BC: token ids.
+            tokens: how many to say; an end token is said like any other.
+            edit: given the residual stream ``[B, S, D]`` after a block and its positions ``[S]``, what goes on in its place: steering.
+            block: after which; None: ``layer_l``.
+        """
+        lm, cache, said = self.lm, KVCache(), []
+        after = (self.layer_l if block is None else block) + 1
+        new_BS, start = input_ids_BC, 0
+        with adapter(lm, None):
+            for _ in range(tokens):
+                positions = torch.arange(start, start + new_BS.shape[1], device=input_ids_BC.device)[None]
+                hidden = lm.run(lm.enter(lm.embed(new_BS), positions), 0, after, positions, cache=cache)
+                if edit is not None:
+                    hidden = edit(hidden, positions[0])
+                hidden = lm.run(hidden, after, self.num_blocks, positions, cache=cache)
+                start += new_BS.shape[1]
+                new_BS = lm.logits(lm.final_norm(hidden[:, -1])).argmax(-1, keepdim=True)
+                said.append(new_BS)
+        return torch.cat(said, dim=1)
 
     @torch.no_grad()
     def next_states(self, prompt_ids_1L: Tensor, ids_BT: Tensor) -> Tensor:

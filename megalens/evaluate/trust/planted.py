@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megalens.evaluate.trust.words import content_words
 from megalens.families.adapters import adapter
-from megalens.families.cache import KVCache
 from megalens.lens.subject import Subject
 
 CONCEPTS, LEADS, LEXICON = 12, 40, 30
@@ -120,18 +119,7 @@ class Steering:
     @torch.no_grad()
     def go_on(self, ids_BC: Tensor, vector_BD: Tensor, tokens: int = 20) -> Tensor:
         """The subject's own greedy continuation ``[B, tokens]`` under steering: its behaviour."""
-        lm, cache, said = self.subject.lm, KVCache(), []
-        new_BS, start = ids_BC, 0
-        with adapter(lm, None):
-            for _ in range(tokens):
-                positions = torch.arange(start, start + new_BS.shape[1], device=ids_BC.device)[None]
-                hidden = lm.run(lm.enter(lm.embed(new_BS), positions), 0, self.block + 1, positions, cache=cache)
-                hidden = add(hidden, vector_BD, first=start == 0)
-                hidden = lm.run(hidden, self.block + 1, self.subject.num_blocks, positions, cache=cache)
-                start += new_BS.shape[1]
-                new_BS = lm.logits(lm.final_norm(hidden[:, -1])).argmax(-1, keepdim=True)
-                said.append(new_BS)
-        return torch.cat(said, dim=1)
+        return self.subject.go_on(ids_BC, tokens, lambda hidden, positions: add(hidden, vector_BD, int(positions[0]) == 0), self.block)
 
 
 def add(hidden_BCD: Tensor, vector_BD: Tensor, first: bool = True) -> Tensor:
