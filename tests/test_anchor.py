@@ -14,7 +14,7 @@ from megalens.checkpoint.formats import load_lens
 from megalens.config import ConfigError, Weight, load_config
 from megalens.families.adapters import adapter
 from megalens.lens.names import stable_names
-from megalens.lens.text import Rollouts
+from megalens.lens.rollouts import Rollouts
 from megalens.objective import Pass, Step
 from megalens.objective.anchor import ReferenceKl, mean_of_texts, sampled_kl
 from megalens.tiny import make_model

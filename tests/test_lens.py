@@ -113,7 +113,7 @@ def test_saying_a_decoded_text_has_the_decodes_probability(folders, kind):
 @pytest.mark.parametrize("impl", ["reference", pytest.param("tile", marks=needs_compiler)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_probability_of_a_text_is_cross_entropy_on_whole_logits(folders, monkeypatch, kind, impl):
-    monkeypatch.setattr("megalens.lens.verbalizer.vocab_log_prob", partial(vocab_log_prob, impl=impl))
+    monkeypatch.setattr("megalens.lens.sampling.vocab_log_prob", partial(vocab_log_prob, impl=impl))
     lens = perturb(make_lens(folders[kind], mode="full"))
     lm, v, a_BD = lens.subject.lm, lens.verbalizer, make_batch()["activation"]
     ids_BT = torch.randint(3, 500, (4, 5), generator=torch.Generator().manual_seed(3))

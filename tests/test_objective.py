@@ -31,7 +31,13 @@ def calls(monkeypatch):
     from megalens.lens.verbalizer import Verbalizer
 
     counted = Counter()
-    for cls, name in ((Verbalizer, "_decode"), (Verbalizer, "_log_prob_of"), (Reconstructor, "_read"), (ConsistencyLens, "read")):
+    for cls, name in (
+        (Verbalizer, "_decode"),
+        (Verbalizer, "_sample"),
+        (Verbalizer, "_score"),
+        (Reconstructor, "_read"),
+        (ConsistencyLens, "read"),
+    ):
         method = getattr(cls, name)
 
         def call(self, *arguments, method=method, key=f"{cls.__name__}.{name}", **options):
@@ -42,7 +48,13 @@ def calls(monkeypatch):
     return counted
 
 
-DECODE, SAY, REBUILD, READ = "Verbalizer._decode", "Verbalizer._log_prob_of", "Reconstructor._read", "ConsistencyLens.read"
+SAMPLE, DECODE, SAY, REBUILD, READ = (
+    "Verbalizer._sample",
+    "Verbalizer._decode",
+    "Verbalizer._score",
+    "Reconstructor._read",
+    "ConsistencyLens.read",
+)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +164,7 @@ def test_rollouts_are_sampled_ahead_and_handed_to_the_terms_that_want_them(folde
     at = Step.fixed(lens.config, 3)
     rollouts = engine.sample([make_batch()], at)
     assert rollouts[0].ids_BKT.shape == (4, 3, 5)
-    assert calls == {DECODE: 1}
+    assert calls == {SAMPLE: 1}
     metrics = engine.train_step([make_batch()], at, rollouts)
     assert metrics["say_rollouts"] == pytest.approx(-rollouts[0].log_prob_BKT.mean().item(), rel=1e-5)
     assert make_engine_without_rollouts(folder).sample([make_batch()], at) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalens.config.fields import ConfigError, Schedule, Weight
+from megalens.config.method import Rollouts
 from megalens.config.reading import config_from_dict, config_to_dict, config_to_yaml, load_config
 from megalens.config.roles import (
     Lora,
@@ -35,6 +36,7 @@ __all__ = [
     "Reconstructor",
     "ReconstructorRates",
     "Reference",
+    "Rollouts",
     "Schedule",
     "Validation",
     "Verbalizer",

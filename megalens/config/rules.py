@@ -23,6 +23,8 @@ POSITIVE = (
     "activation_dumper.rows_per_shard",
     "activation_dumper.rows_per_batch",
     "evaluation.batch_size",
+    "rollouts.draws",
+    "rollouts.temperature",
     "validation.num_samples",
     "checkpoint.track_best_n",
     "fsdp.tensor_ranks",
@@ -33,6 +35,7 @@ POSITIVE_OR_NULL = (
     "verbalizer.checkpoint_every_n_tokens",
     "verbalizer.shortest_prefix",
     "fsdp.shard_ranks",
+    "rollouts.at_once",
 )
 POSITIVE_OR_ALL = ("activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples")
 NOT_NEGATIVE = (
@@ -129,6 +132,7 @@ def _check_numbers(config: Config) -> None:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")
     _require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), f"betas={config.betas} must be two numbers in [0, 1)")
     _require(0 <= config.lora.dropout < 1, f"lora.dropout={config.lora.dropout} must lie in [0, 1)")
+    _require(0 < config.rollouts.top_p <= 1, f"rollouts.top_p={config.rollouts.top_p} must lie in (0, 1]")
     _require(0 < config.dataset.val_fraction < 1, f"dataset.val_fraction={config.dataset.val_fraction} must lie between 0 and 1")
     _require(
         config.max_train_steps is not None or config.num_train_epochs > 0,

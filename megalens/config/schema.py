@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalens.config.fields import Schedule, Weight, WithWeights, as_weight, setting, weight
+from megalens.config.method import Rollouts
 from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, Reference, Verbalizer
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
 from megalens.config.text import ActivationDumper, Dataset, Pretokenize
@@ -81,6 +82,7 @@ class Config(WithWeights):
     tail_say_weight: Weight = weight(0.0, "warm start: cross-entropy of the verbalizer on the context's tail")
     tail_read_weight: Weight = weight(0.0, "warm start: mse of the reconstructor reading the context's tail")
     terms: dict[str, Weight] = setting({}, "weights of further terms of the objective, by name (docs/extending.md)")
+    rollouts: Rollouts = setting(Rollouts(), "sampled texts (docs/rollouts.md)")
     tail_order: str = setting(
         "last_first",
         "order of an explanation: forward, or last_first (the token at P is said first, then what leads up to it; it is read last)",

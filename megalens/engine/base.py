@@ -177,12 +177,12 @@ class Engine(ABC):
 
     @torch.no_grad()
     def sample(self, batches: Sequence[Batch], at: Any) -> list[Any] | None:
-        """What the module samples for micro-batches ahead of a training pass, by ``module.sample(batch, at)``; None: nothing is wanted.
+        """What the module samples for micro-batches ahead of a training pass; None: nothing is wanted.
 
+        It is ``module.sample(batches, at, ranks)``, with this engine as ``ranks``: what the module can ask the other processes.
         Every rank must call it with as many micro-batches, as any pass.
         """
-        found = [self.module.sample(to_device(batch, self.device), at) for batch in batches]
-        return None if any(each is None for each in found) else found
+        return self.module.sample([to_device(batch, self.device) for batch in batches], at, self)
 
     # ------------------------------------------------------------------------------------------------------------ state
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class KVCache:
     """Keys, values and states by block, for transformers' attention layers, which call it as they call transformers' own ``Cache``.
 
-    Nothing is changed in place, so that gradients flow and a fork is cheap. A stored batch of 1 is broadcast to the batch of what is
-    appended, so that a static prompt is run once for all rows.
+    Nothing is changed in place, so that gradients flow and a fork is cheap. A stored batch is repeated to the batch of what is appended:
+    a static prompt is run once for all rows, an activation's slot once for all texts of it (row i of B for rows i * K ... i * K + K - 1).
 
     Args:
         room: positions to make room for at the first append; a decode then writes each token into its place, and nothing is copied
@@ -51,10 +51,10 @@ class KVCache:
         elif self.room is None:
             self.stored[block] = joined(past, new)
         else:
-            if block not in self.buffers:
+            if block not in self.buffers or len(self.buffers[block][0]) != len(key):
                 self.buffers[block] = _empty(key, self.room), _empty(value, self.room)
             self.stored[block] = tuple(
-                _Append.apply((buffer,), _rows(old, new), new) for buffer, old, new in zip(self.buffers[block], past, new, strict=True)
+                _Append.apply((buffer,), _rows(old, len(new)), new) for buffer, old, new in zip(self.buffers[block], past, new, strict=True)
             )
         return self.stored[block]
 
@@ -98,21 +98,22 @@ class KVCache:
 
     def _state(self, block: int, name: str, place: int, rows: int | None = None) -> Tensor | None:
         state, rows = self.states.get((block, name, place)), rows or self.batch
-        return state if state is None or len(state) == rows else state.expand(rows, *state.shape[1:])
+        return None if state is None else _rows(state, rows)
 
 
 def joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, heads, K + Q, head_dim]``: the past ones, broadcast to the new ones' batch, and behind them the new ones."""
+    """Keys and values ``[B, heads, K + Q, head_dim]``: the past ones, repeated to the new ones' batch, and behind them the new ones."""
     (old_key, old_value), (key, value) = past, new
-    return torch.cat([_rows(old_key, key), key], dim=2), torch.cat([_rows(old_value, value), value], dim=2)
+    return torch.cat([_rows(old_key, len(key)), key], dim=2), torch.cat([_rows(old_value, len(value)), value], dim=2)
 
 
 def _empty(new: Tensor, room: int) -> Tensor:
     return new.new_empty(*new.shape[:2], room, new.shape[3])
 
 
-def _rows(old: Tensor, new: Tensor) -> Tensor:
-    return old.expand(new.shape[0], -1, -1, -1)
+def _rows(old: Tensor, rows: int) -> Tensor:
+    """Each row as often as it takes to be so many."""
+    return old.expand(rows, *old.shape[1:]) if len(old) in (1, rows) else old.repeat_interleave(rows // len(old), 0)
 
 
 class _Append(torch.autograd.Function):

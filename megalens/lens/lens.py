@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,10 @@ from megalens.lens.frame import Frame
 from megalens.lens.names import GROUPS, group_of, module_names, stable_name
 from megalens.lens.prompts import prompts_of, window_of
 from megalens.lens.reconstructor import Reconstructor
+from megalens.lens.rollouts import Rollouts
+from megalens.lens.sampling import Law, Ranks
 from megalens.lens.subject import Read, Subject, shared_contexts
-from megalens.lens.text import Rollouts, Text, tail_ids
+from megalens.lens.text import Text, lengths_of, tail_ids
 from megalens.lens.verbalizer import Verbalizer
 from megalens.ops import noise_keys
 
@@ -84,9 +87,13 @@ class ConsistencyLens(nn.Module):
         """
         return self.objective(self, batch, at, rollouts)
 
-    def sample(self, batch: Batch, at: Any) -> Rollouts | None:
-        """The rollouts that the objective wants for a micro-batch at a step, without gradient; None: none."""
-        return self.objective.rollout(self, batch, at) if self.objective.draws(at) else None
+    def sample(self, batches: Sequence[Batch], at: Any, ranks: Ranks) -> list[Rollouts] | None:
+        """The rollouts that the objective wants for micro-batches at a step, without gradient; None: none.
+
+        Args:
+            ranks: the processes that call this together, with as many micro-batches.
+        """
+        return self.objective.rollout(self, batches, at, ranks) if self.objective.draws(at) else None
 
     def read(self, batch: Batch) -> Read:
         """The subject's read of a batch's contexts; several positions of one document share it."""
@@ -107,17 +114,23 @@ class ConsistencyLens(nn.Module):
         return self.verbalizer.decode(a_BD, keys, tau, c.gumbel_noise, sample_id_B if c.detect_anomaly else None)
 
     @torch.no_grad()
-    def rollout(self, a_BD: Tensor, sample_id_B: Tensor, update: int, draws: int) -> Rollouts:
-        """``draws`` texts of each activation ``[B, D]``, sampled from the verbalizer's own distribution.
+    def rollout(self, a_BD: Tensor, sample_id_B: Tensor, update: int, draws: int, ranks: Ranks | None = None) -> Rollouts:
+        """``draws`` texts of each activation ``[B, D]``, sampled from the verbalizer as ``rollouts`` says.
 
         A pure function of (seed, optimizer step, sample, draw): the same on any number of ranks.
+
+        Args:
+            ranks: the processes that call this together; None: this one alone.
         """
+        c, end_id = self.config, self.verbalizer.end_id
+        law = Law(c.rollouts.temperature, c.rollouts.top_p)
         draw_N = torch.arange(draws, device=sample_id_B.device).repeat(len(sample_id_B))
-        keys = partial(noise_keys, self.config.seed, update, sample_id_B.repeat_interleave(draws), draw=draw_N)
-        text = self.verbalizer.decode(a_BD.repeat_interleave(draws, 0), keys)
-        ids_BKT, log_prob_BKT = (x.unflatten(0, (-1, draws)) for x in (text.ids_BT, text.log_prob_BT))
-        lengths_BK = torch.full(ids_BKT.shape[:2], ids_BKT.shape[2], device=ids_BKT.device)
-        return Rollouts(ids_BKT, lengths_BK, log_prob_BKT)
+        keys = partial(noise_keys, c.seed, update, sample_id_B.repeat_interleave(draws), draw=draw_N)
+        found = self.verbalizer.sample(a_BD, keys, draws, law, ranks)
+        ids_BKT, log_prob_BKT = (x.unflatten(0, (-1, draws)) for x in (found.ids_NT, found.log_prob_NT))
+        floor_BKT = None if found.floor_NT is None else found.floor_NT.unflatten(0, (-1, draws))
+        length_N = torch.full_like(draw_N, c.t_text) if end_id is None else lengths_of(found.ids_NT, end_id)
+        return Rollouts(ids_BKT, length_N.unflatten(0, (-1, draws)), log_prob_BKT, law, floor_BKT, end_id is not None)
 
     @torch.no_grad()
     def reconstruct(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:

@@ -38,21 +38,6 @@ class Text:
         return None if self.lengths_B is None else drawn(self.lengths_B, self.ids_BT.shape[1])
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """Texts sampled without gradient, K of each activation.
-
-    Args:
-        ids_BKT: token ids, right-padded.
-        lengths_BK: tokens of each.
-        log_prob_BKT: of each token under the verbalizer that sampled it, in nats.
-    """
-
-    ids_BKT: Tensor
-    lengths_BK: Tensor
-    log_prob_BKT: Tensor
-
-
 def lengths_of(ids_BT: Tensor, end_id: int) -> Tensor:
     """Tokens of each text ``[B]`` before its first end token; T where it never says it: then it is unfinished."""
     return (ids_BT == end_id).cumsum(1).eq(0).sum(1)

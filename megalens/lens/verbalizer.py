@@ -18,8 +18,9 @@ from megalens.families.adapters import adapter, add_adapter, without_adapters
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
 from megalens.lens.prompts import end_id_of, prompts_of
+from megalens.lens.sampling import ITS_OWN, Alone, Law, Ranks, Sampled, sample, score
 from megalens.lens.text import Text, ended
-from megalens.ops import gumbel_embed, vocab_log_prob
+from megalens.ops import LogProb, gumbel_embed
 
 
 class OwnBlocks(nn.ModuleDict):
@@ -194,15 +195,33 @@ class Verbalizer(nn.Module):
         """
         return self("decode", a_BD, keys, tau, noise, sample_id_B)
 
-    def log_prob_of(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
-        """Log-probabilities ``[B, T]`` of saying the given tokens, teacher-forced, in nats."""
-        return self("log_prob_of", a_BD, ids_BT)
+    def sample(self, a_BD: Tensor, keys: Callable[[int], Tensor], draws: int, law: Law = ITS_OWN, ranks: Ranks | None = None) -> Sampled:
+        """``draws`` texts of each activation, without gradient: see :func:`megalens.lens.sampling.sample`."""
+        return self("sample", a_BD, keys, draws, law, ranks)
 
-    def _start(self, a_BD: Tensor) -> tuple[Tensor, KVCache]:
-        """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position."""
+    def score(self, a_BD: Tensor, ids_NT: Tensor, law: Law = ITS_OWN, floor_NT: Tensor | None = None) -> LogProb:
+        """Log-probability of saying given tokens and entropy ``[N, T]``, teacher-forced, in nats, differentiable.
+
+        Args:
+            a_BD: activations; prompt and slot are run once for each.
+            ids_NT: N = B * K texts, those of an activation side by side.
+            law: how they were sampled.
+            floor_NT: of each nucleus then; see :func:`megalens.lens.sampling.score`.
+        """
+        return self("score", a_BD, ids_NT, law, floor_NT)
+
+    def log_prob_of(self, a_BD: Tensor, ids_NT: Tensor) -> Tensor:
+        """Log-probabilities ``[N, T]`` of saying the given tokens, teacher-forced, in nats: one text or several of each activation."""
+        return self.score(a_BD, ids_NT).log_prob
+
+    def _start(self, a_BD: Tensor, room: int | None) -> tuple[Tensor, KVCache]:
+        """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position.
+
+        ``room`` is of the cache, in positions.
+        """
         lm, slot, own = self.lm, self.slot, self._own()
         positions = torch.arange(self.length, device=a_BD.device)[None]
-        cache = KVCache(room=self.length + self.t_text)
+        cache = KVCache(room)
         hidden_1LD = lm.enter(self.prompt(), positions)
         hidden_1LD = lm.run(hidden_1LD, 0, self.enters, positions, cache=cache, own=own)
         value_B1D = self.projection(a_BD)[:, None].to(hidden_1LD.dtype)
@@ -222,7 +241,7 @@ class Verbalizer(nn.Module):
         return self.lm.run(self.lm.enter(embeds_BSD, positions), 0, self.blocks, positions, cache=cache, own=self._own())
 
     def _decode(self, a_BD: Tensor, keys, tau: float, noise: float, sample_id_B: Tensor | None) -> Text:
-        hidden_BD, cache = self._start(a_BD)
+        hidden_BD, cache = self._start(a_BD, self.length + self.t_text)
         still = torch.zeros(len(a_BD), dtype=torch.long, device=a_BD.device)
 
         def draw(hidden_BD: Tensor, t: int) -> Draw:
@@ -256,16 +275,18 @@ class Verbalizer(nn.Module):
             text += [*drawn, draw(hidden_BD, last)]
         return ended(Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True))), self.end_id)
 
-    def _log_prob_of(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
-        hidden_BD, cache = self._start(a_BD)
-        hidden_BTD = hidden_BD[:, None]
-        if ids_BT.shape[1] > 1:
-            hidden_BTD = torch.cat([hidden_BTD, self._append(self.lm.embed(ids_BT[:, :-1]), 0, cache)], dim=1)
-        normed_ND, ids_N = self._norm(hidden_BTD).flatten(0, 1), ids_BT.flatten()
-        log_prob_N, _ = self.lm.vocabulary(
-            lambda out, _, bias: tuple(vocab_log_prob(normed_ND, out, ids_N, bias_V=bias, softcap=self.lm.softcap))
-        )
-        return log_prob_N.view(ids_BT.shape)
+    @torch.no_grad()
+    def _sample(self, a_BD: Tensor, keys, draws: int, law: Law, ranks: Ranks | None) -> Sampled:
+        return sample(self, a_BD, keys, draws, law, ranks or Alone())
+
+    def _score(self, a_BD: Tensor, ids_NT: Tensor, law: Law, floor_NT: Tensor | None) -> LogProb:
+        hidden_BD, cache = self._start(a_BD, room=None)
+        hidden_NTD = hidden_BD.repeat_interleave(len(ids_NT) // len(a_BD), 0)[:, None]
+        if ids_NT.shape[1] > 1:
+            hidden_NTD = torch.cat([hidden_NTD, self._append(self.lm.embed(ids_NT[:, :-1]), 0, cache)], dim=1)
+        floor = None if floor_NT is None else floor_NT.flatten()
+        found = score(self.lm, self._norm(hidden_NTD).flatten(0, 1), ids_NT.flatten(), law, floor)
+        return LogProb(*(field.view(ids_NT.shape) for field in found))
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return self.lm.final_norm(hidden, self.own_norm)

@@ -17,8 +17,10 @@ from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.config.rules import schedules
 from megalens.lens.lens import ConsistencyLens
+from megalens.lens.rollouts import Rollouts, divided
+from megalens.lens.sampling import Alone, Ranks
 from megalens.lens.subject import Read
-from megalens.lens.text import Rollouts, Text
+from megalens.lens.text import Text
 from megalens.objective.functions import weighted_sum
 from megalens.objective.step import Step
 
@@ -169,7 +171,21 @@ class Objective:
         return {"loss": weighted_sum(values, weights)} | {name: value.detach() for name, value in values.items()}
 
     @torch.no_grad()
-    def rollout(self, lens: ConsistencyLens, batch: Batch, at: Step) -> Rollouts:
-        """The texts that the step's terms want, sampled from the verbalizer as it stands."""
-        a_BD = Pass(lens, batch, at, [term for term in self.terms if term.weight(at)]).activation_BD
-        return lens.rollout(a_BD, batch["sample_id"], at.update, self.draws(at))
+    def rollout(self, lens: ConsistencyLens, batches: Sequence[Batch], at: Step, ranks: Ranks | None = None) -> list[Rollouts]:
+        """The texts that the step's terms want of each micro-batch, sampled from the verbalizer as it stands.
+
+        All micro-batches are sampled together, ``rollouts.at_once`` texts at a time: where weights are sharded, each token gathers them
+        once for all.
+
+        Args:
+            ranks: the processes that call this together, with as many and as large micro-batches.
+        """
+        ranks, draws = ranks or Alone(), self.draws(at)
+        asked = [term for term in self.terms if term.weight(at)]
+        a_ND = torch.cat([Pass(lens, batch, at, asked).activation_BD for batch in batches])
+        sample_id_N = torch.cat([batch["sample_id"] for batch in batches])
+        rows = max(1, (self.config.rollouts.at_once or len(a_ND) * draws) // draws)
+        parts = [
+            lens.rollout(a_BD, id_B, at.update, draws, ranks) for a_BD, id_B in zip(a_ND.split(rows), sample_id_N.split(rows), strict=True)
+        ]
+        return divided(parts, [len(batch["sample_id"]) for batch in batches], ranks)

@@ -79,7 +79,10 @@ def uniform(halves_2B: Tensor, ids: Tensor) -> Tensor:
     return ((x.to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1.0 - 2.0**-24)
 
 
-def gumbel(keys_B: Tensor, num_ids: int) -> Tensor:
-    """Standard Gumbel noise, float32 ``[B, V]``: ``-log(-log(1 - w))`` for w from :func:`uniform`, so the upper tail is fine-grained."""
-    ids_V1 = torch.arange(num_ids, dtype=torch.int32, device=keys_B.device)[:, None]
+def gumbel(keys_B: Tensor, num_ids: int, first_id: int = 0) -> Tensor:
+    """Standard Gumbel noise, float32 ``[B, V]``: ``-log(-log(1 - w))`` for w from :func:`uniform`, so the upper tail is fine-grained.
+
+    V ids from ``first_id`` on: a tile of the vocabulary draws its own part.
+    """
+    ids_V1 = torch.arange(first_id, first_id + num_ids, dtype=torch.int32, device=keys_B.device)[:, None]
     return -(-torch.log1p(-uniform(split_keys(keys_B), ids_V1))).log().T
