@@ -1,6 +1,7 @@
 # make        the environment in .venv          make test    every test
 # make demo   a real lens, measured             make quick   the fast tests: under 2 minutes on 2 cores
 # make lint   style, imports, types             make lowest  the fast tests on the oldest versions that setup.py promises
+# make fuzz   the property tests with new inputs, for FUZZ_MINUTES (10)
 # make clean  removes the environments and caches; data/ and outputs/ stay
 PYTHON := $(or $(PYTHON),$(shell command -v python3))
 VENV := .venv
@@ -9,8 +10,9 @@ LOWEST := .venv-lowest
 # Tools that are started by name (deepspeed, torchrun, ninja) are the environment's own.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CXX
+FUZZ_MINUTES := 10
 
-.PHONY: all demo test quick lowest lint clean
+.PHONY: all demo test quick lowest fuzz lint clean
 all: $(INSTALLED)
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
@@ -38,6 +40,9 @@ quick: $(INSTALLED)
 
 lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest --quick
+
+fuzz: $(INSTALLED)
+	$(VENV)/bin/python tests/fuzz.py $(FUZZ_MINUTES)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

@@ -45,6 +45,7 @@ TRITON = [
 DEV = [
     "pytest>=9,<10",  # the tests
     "pytest-xdist>=3.8,<4",  # one test process per core
+    "hypothesis>=6.155,<7",  # property tests: inputs of any shape
     "ruff>=0.17,<0.18",  # lint and format; minor versions change the rules
     "import-linter>=2.17,<3",  # rooms import only what lies below them
     "mypy>=2.4,<3",  # types of the package

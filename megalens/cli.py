@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENAMETOOLONG}
 _NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_LONGEST = 600
 _LESS_MEMORY = (
     "lower batch_size and raise gradient_accumulation_steps by as much (a dump: activation_dumper.batch_size, an evaluation: "
     "evaluation.batch_size), set verbalizer.checkpoint_every_n_tokens=8, or shard and offload with --deepspeed ds_configs/z3_offload.json; "
@@ -80,7 +81,7 @@ def told(error: Exception) -> list[str]:
         said = _one_line(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")
         return [f"out of memory ({'. '.join(said[:2]) or 'Python had none left'}); {_LESS_MEMORY}"]
     if type(error).__module__.split(".")[0] == "megalens" or (isinstance(error, OSError) and error.errno in _ENVIRONMENT):
-        return list(getattr(error, "complaints", ())) or [_one_line(error)]
+        return [_shown(each) for each in getattr(error, "complaints", ())] or [_one_line(error)]
     return []
 
 
@@ -93,5 +94,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return " ".join(str(error).split())
+        return _shown(error.strerror + (f": {error.filename}" if error.filename else ""))
+    return _shown(str(error))
+
+
+def _shown(text: str) -> str:
+    """Text as one line of at most 600 signs, none of which moves the cursor or changes the colour."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 + 5 :]}"
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)

@@ -159,7 +159,10 @@ class RunFolder:
         progress = read_json(path).get("progress")
         if not isinstance(progress, dict):
             raise CheckpointError(f"{path} does not tell where the training stands: copy it anew, or {_ANEW}")
-        best, kept = ([name for _, name in progress.get(key, [])] for key in ("best", "kept"))
+        try:
+            best, kept = ([str(name) for _, name in progress.get(key, [])] for key in ("best", "kept"))
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{path} lists best and kept checkpoints as no training does: copy it anew, or {_ANEW}") from None
         return best, kept
 
     def _find_last(self) -> str | None:

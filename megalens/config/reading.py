@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -52,8 +53,11 @@ def load_config(arguments: list[str], source: str = "the command line") -> Confi
 
 
 def config_from_dict(values: dict, arguments: Sequence[str] = ()) -> Config:
-    """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it."""
-    merged = _merge(OmegaConf.structured(Config), values, "the saved configuration")
+    """A checked configuration from a plain dictionary (as saved in a checkpoint), with ``key=value`` arguments merged into it.
+
+    A ``${...}`` in the dictionary is text: what is saved refers to nothing.
+    """
+    merged = _merge(OmegaConf.structured(Config), _literal(values), "the saved configuration")
     for argument in _normalise(list(arguments)):
         merged = _merge_argument(merged, argument, "the command line")
     return _finish(merged)
@@ -76,7 +80,16 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def config_to_yaml(config: Config) -> str:
     """The configuration as YAML that ``config=`` reads back."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_literal(config_to_dict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _literal(value: Any) -> Any:
+    """Values in which no text is a reference to another: ``\\${`` stands for ``${``, as OmegaConf reads it."""
+    if isinstance(value, dict):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _normalise(arguments: list[str]) -> list[str]:

@@ -63,6 +63,7 @@ DURATIONS = (
     "early_termination.steps",
 )
 _LONGEST_NAME = 200  # of a run's folder; 255 is what file systems take, and trials and unfinished files add to it
+_LARGEST = 1e150  # of a schedule's ends: differences and ratios of two are still finite
 ANY_SIGN = ("entropy_weight",)  # of the weights; a bonus, or a price
 
 
@@ -145,8 +146,10 @@ def _check_schedule(key: str, schedule: Schedule) -> None:
     if str(schedule.num_steps) != "-1":
         _check_duration(f"{key}.num_steps", schedule.num_steps)
     least = min(schedule.ends)
-    _require(math.isfinite(sum(schedule.ends)), f"{key}: {schedule.ends} must be finite numbers")
-    _require(schedule.type != "exponential" or least > 0, f"{key}: an exponential schedule needs ends greater than 0, not {least}")
+    _require(all(abs(end) <= _LARGEST for end in schedule.ends), f"{key}: {schedule.ends} must be finite numbers up to {_LARGEST:g}")
+    _require(
+        schedule.type != "exponential" or least * _LARGEST >= 1, f"{key}: an exponential schedule needs ends greater than 0, not {least}"
+    )
     _require(key in ANY_SIGN or least >= 0, f"{key}={least} must not be negative")
 
 

@@ -22,12 +22,24 @@ from megalens.families.causal_lm import CausalLM
 from megalens.families.protocol import Settings
 from megalens.families.registry import attention_of, class_of
 from megalens.families.self_check import check_layout
-from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, wrong_shape
+from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, weight_count, wrong_shape
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The subject's tokenizer (or ``tokenizer_name``'s)."""
-    return from_pretrained(transformers.AutoTokenizer, config, name=config.tokenizer_name or config.model_name)
+    """The subject's tokenizer (or ``tokenizer_name``'s), tried out on a text.
+
+    Raises:
+        ConfigError: there is none, or its files are damaged.
+    """
+    name = config.tokenizer_name or config.model_name
+    tokenizer = from_pretrained(transformers.AutoTokenizer, config, name=name)
+    try:
+        for special in (True, False):
+            tokenizer.decode(tokenizer(["A text."], add_special_tokens=special, split_special_tokens=not special)["input_ids"][0])
+    except Exception as error:  # noqa: BLE001 (its settings are whatever its files say)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"the tokenizer of {name} cannot read a text ({reason}): its files are damaged; fetch them anew") from None
+    return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -102,6 +114,7 @@ def load_model(config: Config, settings: Settings) -> PreTrainedModel:
         ConfigError: its files are missing or damaged, lack a weight, or hold one of another shape.
     """
     name = config.model_name
+    _check_blocks(name, settings)
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
     options = model_options(config, settings) | report
     model, found = from_pretrained(class_of(settings), config, config=settings, use_safetensors=True, **options)
@@ -131,6 +144,7 @@ def load_without_blocks(config: Config, settings: Settings, device: torch.device
         raise ConfigError(
             f"{config.model_name} is quantised, which engines that shard the model cannot read; name the model it was made of"
         )
+    _check_blocks(config.model_name, settings)
     check_layout(settings, config.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         options = model_options(config, settings)
@@ -144,6 +158,13 @@ def load_without_blocks(config: Config, settings: Settings, device: torch.device
     for module in model.modules():
         module._buffers = {key: value.to(device) for key, value in module._buffers.items()}
     return lm, files
+
+
+def _check_blocks(name: str, settings: Settings) -> None:
+    """Refuse a configuration of more blocks than its files can have, before they are built: each has several weights."""
+    blocks, found = settings.get_text_config().num_hidden_layers, weight_count(name)
+    if found is not None and blocks > found:
+        raise ConfigError(f"{name} is damaged: {blocks} blocks by its config.json, {found} weights in its files; fetch both from one place")
 
 
 def model_options(config: Config, settings: Settings) -> dict[str, Any]:
@@ -162,16 +183,19 @@ def from_pretrained(factory: Any, settings: Config, name: str | None = None, **o
     try:
         with _quiet():
             return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except SafetensorError as error:
         raise ConfigError(_damaged_weights(name, str(error))) from None
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 (a folder's files can make its library raise anything; tokenizers raises Exception itself)
         raise ConfigError(_why_not(factory, name, error)) from None
 
 
 def _why_not(factory, name: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().removesuffix(".")
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    reason = (" ".join(lines) if lines[0].endswith(":") else lines[0]).removesuffix(".")
+    if not isinstance(error, ImportError | OSError | RuntimeError | ValueError):
+        reason = f"its files are not as {factory.__name__} reads them ({type(error).__name__}: {reason})"
     if reason.startswith("Couldn't instantiate the backend tokenizer"):
         files = "tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"
         return f"{name} has no tokenizer files ({files}); copy them there, or set tokenizer_name to a model with the same tokenizer"

@@ -29,15 +29,9 @@ class WeightFiles:
 
     def __init__(self, name: str, model: PreTrainedModel):
         self.name = name
-        index = find_file(name, SAFE_WEIGHTS_INDEX_NAME)
-        whole = index or find_file(name, SAFE_WEIGHTS_NAME)
-        if whole is None:
+        file_of = _places(name)
+        if file_of is None:
             raise ConfigError(no_safetensors(name))
-        if index:
-            file_of = _weight_map(index)
-        else:
-            with _opened(whole) as file:
-                file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
         conversions = get_model_conversion_mapping(model)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         state, prefix = model.state_dict(), model.base_model_prefix
@@ -64,6 +58,27 @@ class WeightFiles:
         if tuple(value.shape) != self._shape[parameter]:
             raise ConfigError(wrong_shape(self.name, parameter, tuple(value.shape), self._shape[parameter]))
         return value
+
+
+def weight_count(name: str) -> int | None:
+    """How many weights a model's safetensors hold; None: it has none.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    places = _places(name)
+    return None if places is None else len(places)
+
+
+def _places(name: str) -> dict[str, str] | None:
+    """The file of each weight; None: there are no safetensors."""
+    if index := find_file(name, SAFE_WEIGHTS_INDEX_NAME):
+        return _weight_map(index)
+    whole = find_file(name, SAFE_WEIGHTS_NAME)
+    if whole is None:
+        return None
+    with _opened(whole) as file:
+        return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
 
 
 def find_file(name: str, file: str) -> str | None:
@@ -107,6 +122,9 @@ def _opened(path: str):
 
 def _weight_map(index: str) -> dict[str, str]:
     try:
-        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        found = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): found[key] for key in found if Path(found[key]).name == found[key]}
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ConfigError(f"{index} is no valid JSON: it is damaged or a pointer of Git LFS; fetch it anew") from None
+    except (KeyError, TypeError):
         raise ConfigError(f"{index} is no index of weights; fetch it anew") from None

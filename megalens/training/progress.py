@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,33 @@ class Progress:
     window_size: int = 0
     curve_lines: int = 0
     wandb_run: str | None = None
+
+
+def first_wrong(progress: dict[str, Any]) -> str | None:
+    """The first entry of a saved :class:`Progress` that is of another kind than a training writes; None: there is none."""
+    for each in dataclasses.fields(Progress):
+        if each.name in progress and not _KINDS[each.type](progress[each.name]):
+            return each.name
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    "int": _is_count,
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "list[list]": lambda value: (
+        isinstance(value, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0]) and isinstance(pair[1], str) for pair in value)
+    ),
+}
 
 
 def clock_of(config: Config, steps_per_epoch: int) -> Clock:

@@ -26,7 +26,7 @@ from megalens.engine import rank_and_size
 from megalens.files import Lock
 from megalens.launcher import rank
 from megalens.statistics import ActivationStatistics
-from megalens.training.progress import TRAINER_VERSION, Progress
+from megalens.training.progress import TRAINER_VERSION, Progress, first_wrong
 
 _SAME = ("layer_l", "t_text", "tail_order", "batch_size", "gradient_accumulation_steps", "seed")
 _SAME_PARTS = ("verbalizer", "reconstructor", "lora")
@@ -184,8 +184,10 @@ def _progress(saved: dict, folder: Path) -> Progress:
     complete = all(isinstance(saved.get(key), dict) for key in ("progress", "identity"))
     progress = saved["progress"] if complete else {}
     unknown = sorted(progress.keys() - {each.name for each in dataclasses.fields(Progress)})
-    if not complete or unknown:
+    wrong = first_wrong(progress)
+    if not complete or unknown or wrong or progress.get("step", 0) < 0:
         what = f"'{unknown[0]}', which this version of megalens does not know" if unknown else "no progress or identity"
+        what = f"a {wrong or 'step'} that no training writes" if complete and not unknown else what
         raise CheckpointError(f"{folder / 'trainer.json'} holds {what}; copy it anew, or start anew with checkpoint.resume=false")
     return Progress(**progress)
 

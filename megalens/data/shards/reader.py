@@ -7,6 +7,8 @@ import json
 import mmap
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from megalens.data import DataError
 from megalens.data.encoding import encoding_of
 from megalens.data.identity import first_difference
 from megalens.data.shards.meta import REDUMP, read_meta
-from megalens.data.shards.rows import batch_sizes, decode_rows
+from megalens.data.shards.rows import batch_sizes, decode_rows, schema_of
 from megalens.files import Folder
 from megalens.statistics import ActivationStatistics
 
@@ -81,10 +83,11 @@ class ShardReader:
             DataError: the shard is missing or damaged.
         """
         shard, batch = self._place[index]
-        with self._lock:
+        with self._lock, self._reading(shard):
             file, pages = self._shard(shard)
             record = file.get_batch(batch)
-        rows = decode_rows(record, self.meta, self._scale_D)
+        with self._reading(shard):
+            rows = decode_rows(record, self.meta, self._scale_D, int(self.batch_rows[index]))
         if pages is not None:
             pages.madvise(mmap.MADV_DONTNEED)
         return rows
@@ -93,7 +96,7 @@ class ShardReader:
         """One number per row (``doc_id``, ``position``, ``sample_id``), all rows, nothing else decompressed."""
         parts = []
         for shard in range(len(self.meta["shards"])):
-            with self._lock:
+            with self._lock, self._reading(shard):
                 schema = self._shard(shard)[0].schema
                 options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
                 with self._files.open(self._file(shard)) as source:
@@ -112,6 +115,15 @@ class ShardReader:
         if difference := first_difference(self.meta, wanted):
             raise DataError(f"the dump in {self.folder} is of {difference}; {REDUMP}")
 
+    @contextmanager
+    def _reading(self, shard: int) -> Iterator[None]:
+        """Turn what Arrow raises into an error that names the shard: its bytes are those that were checked, but no such rows."""
+        try:
+            yield
+        except (pa.ArrowException, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"shard {self._files.path(self._file(shard))} cannot be read: {reason}; {REDUMP}") from None
+
     def _file(self, shard: int) -> str:
         return self.meta["shards"][shard]["file"]
 
@@ -127,8 +139,27 @@ class ShardReader:
             self._open.popitem(last=False)
         pages = self._files.map(self._file(shard))
         file = self._files.open(self._file(shard)) if pages is None else pa.py_buffer(pages)
-        self._open[shard] = pa.ipc.open_file(file), pages
+        opened = pa.ipc.open_file(file)
+        self._check_rows(shard, opened)
+        self._open[shard] = opened, pages
         return self._open[shard]
+
+    def _check_rows(self, shard: int, opened: pa.ipc.RecordBatchFileReader) -> None:
+        """Refuse a shard whose columns or record batches are not what ``meta.json`` says."""
+        batches = -(-self.meta["shards"][shard]["rows"] // self.meta["rows_per_batch"])
+        found, wanted = ({field.name: _plain(field.type) for field in schema} for schema in (opened.schema, schema_of(self.meta)))
+        if other := next((name for name, kind in wanted.items() if found.get(name) != kind), None):
+            what = f"has no column {other} of type {wanted[other]}"
+        elif opened.num_record_batches != batches:
+            what = f"has {opened.num_record_batches} record batches instead of {batches}"
+        else:
+            return
+        raise DataError(f"shard {self._files.path(self._file(shard))} {what}: it is not of this dump; {REDUMP}")
+
+
+def _plain(kind: pa.DataType) -> str:
+    """A type as text, whether or not a value may be null (no value is)."""
+    return str(kind).replace(" not null", "")
 
 
 def file_problem(files: Folder, record: dict) -> str | None:
@@ -160,7 +191,4 @@ def verify(folder: str | Path) -> list[str]:
     problems = [p for record in meta["shards"] if (p := _problem(files, record))]
     known = {record["file"] for record in meta["shards"]}
     strange = [name for name in files.names() if name.endswith(".arrow") and name not in known]
-    problems += [f"{files.path(name)} belongs to no shard of meta.json" for name in strange]
-    if sum(record["rows"] for record in meta["shards"]) != meta["rows"]:
-        problems.append(f"{folder}: the shards' rows do not add up to meta.json's {meta['rows']}")
-    return problems
+    return problems + [f"{files.path(name)} belongs to no shard of meta.json" for name in strange]

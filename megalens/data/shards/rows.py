@@ -48,11 +48,24 @@ def encode_rows(rows: dict[str, Tensor], first: int, header: dict, schema: pa.Sc
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def decode_rows(record: pa.RecordBatch, meta: dict, scale_D: np.ndarray | None) -> dict[str, Tensor]:
-    """The rows of a record batch, as :meth:`ShardReader.read_batch` gives them."""
-    position_N = record["position"].to_numpy().astype(np.int64)
+def decode_rows(record: pa.RecordBatch, meta: dict, scale_D: np.ndarray | None, rows: int) -> dict[str, Tensor]:
+    """The rows of a record batch, as :meth:`ShardReader.read_batch` gives them.
+
+    Args:
+        rows: how many it must hold.
+
+    Raises:
+        pa.ArrowInvalid: it holds others, or a row has not the tokens up to its position.
+    """
+    if len(record) != rows:
+        raise pa.ArrowInvalid(f"a record batch holds {len(record)} rows instead of {rows}")
+    if empty := next((name for name in record.schema.names if record[name].null_count), None):
+        raise pa.ArrowInvalid(f"a {empty} is null")
+    position_N, lists = record["position"].to_numpy().astype(np.int64), record["input_ids"]
+    if (np.diff(lists.offsets.to_numpy()) != position_N + 1).any() or position_N.min() < 0 or position_N.max() >= meta["seq_len"]:
+        raise pa.ArrowInvalid("a row has not the tokens from 0 to its position")
     ids_NC = np.zeros((len(record), meta["seq_len"]), np.int32)
-    ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]] = record["input_ids"].flatten().to_numpy()
+    ids_NC[np.arange(ids_NC.shape[1]) <= position_N[:, None]] = lists.flatten().to_numpy()
     return {
         "activation": encoding_of(meta["encoding"]).decode(record, scale_D),
         "input_ids": torch.from_numpy(ids_NC),
