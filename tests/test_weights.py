@@ -136,7 +136,7 @@ DAMAGES = {
     "pickle": (keep_pickle_only, *[r"holds pytorch_model\.bin but no safetensors, .*; convert it: python -c "] * 2),
     "nothing": (remove, *["holds no safetensors, the one format weights are read from; fetch the model anew"] * 2),
     "file gone": (name_a_file_that_is_gone, r"cannot load .*: No such file .*gone\.safetensors", r"lacks the file gone\.safetensors"),
-    "index": (spoil_index, r"index\.json is no valid JSON: .* fetch it anew", r"index\.json is no index of weights; fetch it anew"),
+    "index": (spoil_index, *[r"index\.json is no valid JSON: .* fetch it anew"] * 2),
     "quantised": (quantise, r"cannot load .*(hqq|HQQ)", "is quantised, which engines that shard the model cannot read"),
 }
 

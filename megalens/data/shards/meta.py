@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,9 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _is_figure(value: Any, key: str) -> bool:
-    """Is it a number that float32 holds, not negative where it cannot be?"""
+    """Is it a finite number, not negative where it cannot be?"""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and abs(value) < 3e38 and (value >= 0 or key.startswith("mean"))
+    return is_number and abs(value) < 1e300 and (value >= 0 or key.startswith("mean"))
 
 
 def _short(value: Any) -> str:
