@@ -37,9 +37,9 @@ def main(arguments: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from megalens.config import load_config
     from megalens.engine import join_ranks
+    from megalens.engine.failure import told_once
     from megalens.pipeline.default_experiment import with_experiment
     from megalens.sweep.trial import as_trial
-    from megalens.training.failure import told_once
     from megalens.training.ready import check_ready
     from megalens.training.signals import stop_with_deepspeed
     from megalens.training.start import sole_training

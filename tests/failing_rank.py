@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 from megalens import cli  # noqa: E402
 from megalens.engine import EngineError, join_ranks  # noqa: E402
-from megalens.training.failure import told_once  # noqa: E402
+from megalens.engine.failure import told_once  # noqa: E402
 
 
 def main(arguments):

@@ -1,13 +1,28 @@
-"""Engines: what moves the weights, on one process or many."""
+"""Engines: what moves the weights, on one process or many; and what shards weights that stay as they are."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megalens.config import Config
-from megalens.engine.base import Engine, EngineError, Groups, data_share, join_ranks, leave_ranks, rank_and_size
+from megalens.engine.base import Engine, EngineError, Groups
+from megalens.engine.frozen import shard_frozen
+from megalens.engine.ranks import Ranks, data_share, join_ranks, leave_ranks, rank_and_size
 
-__all__ = ["Engine", "EngineError", "build_engine", "data_share", "join_ranks", "leave_ranks", "rank_and_size", "shards_weights"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "Ranks",
+    "build_engine",
+    "data_share",
+    "join_ranks",
+    "leave_ranks",
+    "rank_and_size",
+    "shard_frozen",
+    "shards_weights",
+    "sharers",
+]
 
 
 def shards_weights(config: Config) -> bool:
@@ -17,6 +32,14 @@ def shards_weights(config: Config) -> bool:
     from megalens.engine.ds_config import zero_stage
 
     return zero_stage(config) == 3
+
+
+def sharers(config: Config, device: torch.device) -> Ranks:
+    """The ranks that share one copy of the weights under the engine of ``config``, joined; this process alone where each has its own."""
+    if not shards_weights(config):
+        return Ranks(device)
+    join_ranks(device)
+    return Ranks(device, config)
 
 
 def build_engine(config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None) -> Engine:

@@ -1,4 +1,4 @@
-"""What every engine offers: one optimizer step over micro-batches, full weights and optimizer state, and a few words between ranks.
+"""What every engine offers: one optimizer step over micro-batches, full weights and optimizer state.
 
 An engine moves the trainable parameters of any ``nn.Module`` that is called as ``module(batch, at)`` and returns a dict of scalars
 with a ``"loss"``. It knows neither lens nor data. All engines keep their optimizer's state in the same file by parameter name, so that a
@@ -9,91 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalens.config import Config
 from megalens.device import materialise
+from megalens.engine.ranks import Ranks
 from megalens.engine.state import MOMENTS, EngineError, OptimizerState, Part, copied, owners
-from megalens.launcher import launched
 
 Groups = dict[str, dict[str, nn.Parameter]]
 Batch = Mapping[str, Any]  # tensors by name
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
-def join_ranks(device: torch.device) -> None:
-    """Enter the process group that the launcher (torchrun, deepspeed) describes in the environment; nothing for a single process.
-
-    Raises:
-        EngineError: the processes do not find each other.
-    """
-    place = launched()
-    if place.size == 1 or dist.is_initialized():
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        mend = "start all of them, each with the same MASTER_ADDR and a free MASTER_PORT; or unset RANK WORLD_SIZE LOCAL_RANK"
-        raise EngineError(f"process {place.rank} of {place.size} does not find the others at {where} ({reason}); {mend}") from None
-
-
-def join_alone(device: torch.device) -> None:
-    """A process group of one for an engine that always wants one, when no launcher made a larger one."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-def leave_ranks() -> None:
-    """Leave the process group, when in one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def data_share(config: Config) -> tuple[int, int]:
-    """Which share of every batch this process works on, and how many shares there are (ranks of one tensor-parallel group: the same)."""
-    rank, size = rank_and_size()
-    together = config.fsdp.tensor_ranks if config.engine == "fsdp" else 1
-    return rank // together, max(1, size // together)
-
-
-class Traffic:
-    """What an engine's collectives have moved: calls by kind, and the bytes of the whole tensors."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.bytes = 0
-
-    def add(self, kind: str, whole: Tensor) -> None:
-        """One collective over a tensor."""
-        self.calls[kind] += 1
-        self.bytes += whole.numel() * whole.element_size()
-
-    def take(self) -> tuple[int, int]:
-        """Calls and bytes since this was last asked."""
-        taken = self.calls.total(), self.bytes
-        self.calls.clear()
-        self.bytes = 0
-        return taken
-
-
-class Engine(ABC):
+class Engine(Ranks, ABC):
     """One optimizer over a module's trainable parameters.
 
     Args:
@@ -105,21 +38,13 @@ class Engine(ABC):
     module: Any  # an nn.Module; what it answers beyond one (``sample``, ``initial``, ``slicing``) only some calls ask of it
 
     def __init__(self, config: Config, module: nn.Module, groups: Groups):
+        super().__init__(device_of(module), config)
         self.config, self.module = config, module
-        self.device = device_of(module)
-        self.rank, self.world_size = rank_and_size()
-        self.data_rank, self.data_ranks = data_share(config)
-        self.traffic = Traffic()
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
         self.moments = MOMENTS[config.optimizer]
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
         if not self.parameters:
             raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
-
-    @property
-    def is_main(self) -> bool:
-        """Is this the rank that writes and prints?"""
-        return self.rank == 0
 
     # ------------------------------------------------------------------------------------------------------ per engine
 
@@ -157,13 +82,6 @@ class Engine(ABC):
         Raises:
             EngineError: it is of another optimizer or other parameters.
         """
-
-    def _fill(self, unit: list[nn.Module], weights: dict[str, Tensor]) -> None:
-        """Give the parameters of some modules that are still on the meta device their values."""
-        inside = {parameter for part in unit for parameter in part.parameters() if parameter.is_meta}
-        for name, parameter in self.module.named_parameters():
-            if parameter in inside:
-                materialise(parameter, weights[name] if name in weights else self.module.initial(name), self.device)
 
     # ------------------------------------------------------------------------------------------------------- for all
 
@@ -225,40 +143,19 @@ class Engine(ABC):
                 total[name] = total.get(name, 0.0) + value.detach().double()
         return {name: value / len(batches) for name, value in total.items()}
 
-    # ---------------------------------------------------------------------------------------------------- between ranks
 
-    def reduce_mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over ranks of scalars that every rank has under the same names."""
-        names = sorted(values)
-        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self.device)
-        self._sum(total)
-        return dict(zip(names, (total / self.world_size).tolist(), strict=True))
+def fill(module: Any, unit: list[nn.Module], weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give the parameters of some parts of a module that are still on the meta device their values.
 
-    def any(self, flag: bool) -> bool:
-        """Is the flag up on any rank?"""
-        total = torch.tensor([float(flag)], device=self.device)
-        self._sum(total)
-        return total.item() > 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in their order, on all ranks."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.any(False)
-
-    def close(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """Finish; the engine is of no use afterwards."""
-
-    def _sum(self, values: Tensor) -> None:
-        if self.world_size > 1:
-            self.traffic.add("all_reduce", values)
-            dist.all_reduce(values)
+    Args:
+        module: says what a parameter starts as (``module.initial(name)``).
+        unit: the parts.
+        weights: values of some parameters, by name.
+    """
+    inside = {parameter for part in unit for parameter in part.parameters() if parameter.is_meta}
+    for name, parameter in module.named_parameters():
+        if parameter in inside:
+            materialise(parameter, weights[name] if name in weights else module.initial(name), device)
 
 
 def device_of(module: nn.Module) -> torch.device:

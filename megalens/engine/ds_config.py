@@ -72,6 +72,23 @@ def resolve(config: Config, ranks: int) -> dict:
     return found
 
 
+def resolve_frozen(config: Config) -> dict:
+    """What the file says of the weights of a module that is only used: how ZeRO-3 shards and keeps them.
+
+    Raises:
+        EngineError: the file cannot be read, or DeepSpeed refuses that part of it.
+    """
+    zero = without_blanks(_read(config)).get("zero_optimization", {})
+    zero = {name: value for name, value in zero.items() if name != "offload_optimizer"}
+    zero["stage3_prefetch_bucket_size"] = 0  # a read ends before the last block: what was fetched ahead would still be under way
+    found = {"zero_optimization": zero}
+    complaints = [*take_shapes(found), *check_values(found)]
+    complaints += complaints_of_section(found["zero_optimization"], resolve_device(config.device).type == "cuda")
+    if complaints:
+        raise DeepSpeedFileError(_file(config), complaints)
+    return found | {"bf16": {"enabled": resolve_dtype(config) == "bfloat16"}, "train_micro_batch_size_per_gpu": 1, "steps_per_print": None}
+
+
 def _wanted(config: Config, ranks: int) -> dict[str, tuple[Any, str]]:
     """What the file must say at each place, and the key that decides it."""
     accumulation = config.gradient_accumulation_steps

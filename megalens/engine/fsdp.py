@@ -9,7 +9,7 @@ gathered whenever one of their modules is called. With ``fsdp.tensor_ranks``, ra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,12 +26,12 @@ from megalens.engine.base import (
     Engine,
     EngineError,
     Groups,
-    Traffic,
     build_optimizer,
     device_of,
-    join_alone,
+    fill,
     optimizer_groups,
 )
+from megalens.engine.ranks import Ranks, Traffic, join_alone
 from megalens.engine.state import OptimizerState
 from megalens.engine.tensor import slice_layers
 
@@ -57,38 +57,12 @@ class FsdpEngine(Engine):
         compute_dtype = next(iter(self.parameters.values())).dtype
         weights, by_parameter = weights or {}, {parameter: name for name, parameter in self.parameters.items()}
         chosen = optimizer_groups(config, groups)
-        mesh = _mesh(config.fsdp, self.device.type, self.world_size)
-        self._slices = mesh["tensor"]
-        slicing = self.module.slicing(config.fsdp.tensor_ranks) if config.fsdp.tensor_ranks > 1 else {}
-        options: dict[str, Any] = {
-            "mesh": mesh[AXES[-mesh.ndim : -1]],
-            "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
-        }
-        room, sharded = config.fsdp.gather_gb * 2**30, set()
-        for unit in getattr(module, "shard_units", list)():
-            whole = {parameter for part in unit for parameter in part.parameters()}
-            size = sum(p.numel() * compute_dtype.itemsize for p in whole) // config.fsdp.tensor_ranks
-            self._fill(unit, weights)
+
+        def prepare(unit: list[nn.Module], whole: set[nn.Parameter]) -> None:
+            fill(module, unit, weights, self.device)
             self._widen({name: p for name, p in self.parameters.items() if p in whole}, weights)
-            for part in unit:
-                if part in slicing:
-                    slice_layers(part, slicing[part], self._slices, self.traffic)
-            fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=True, **options)
-            for parameter in whole:  # others may refer to it; its shard is what counts from now on
-                parameter.data = parameter.data.new_empty(0)
-            sharded |= whole
-            if size <= room and len(unit) == 1:
-                unit[0].set_reshard_after_forward(False)
-                unit[0].set_reshard_after_backward(False)
-                room -= size
-        self._widen({name: p for name, p in self.parameters.items() if p not in sharded}, weights)
-        fully_shard(module, **options)
-        self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
-        for part in self._sharded:
-            part.set_custom_all_gather(_AllGather(self.traffic))  # type: ignore[arg-type]  # PyTorch's class of it is private
-            part.set_custom_reduce_scatter(_ReduceScatter(self.traffic))  # type: ignore[arg-type]
-        self.module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
+
+        self._sharded, self._slices = shard(self, config, module, compute_dtype, prepare)
         parameters = dict(module.named_parameters())
         self.parameters = {name: parameters[name] for name in self.parameters}
         self.shards = cast(dict[str, DTensor], parameters)
@@ -190,6 +164,59 @@ class FsdpEngine(Engine):
         shard = self.shards[name]
         cut = zip(shard.device_mesh.shape, shard.placements, strict=True)
         return self.world_size // math.prod(size for size, placement in cut if not placement.is_replicate())
+
+
+def shard(
+    ranks: Ranks,
+    config: Config,
+    module: Any,
+    compute_dtype: torch.dtype | None,
+    prepare: Callable[[list[nn.Module], set[nn.Parameter]], None],
+) -> tuple[list[FSDPModule], DeviceMesh]:
+    """Shard a module, one of its ``shard_units()`` at a time.
+
+    Args:
+        compute_dtype: in which parameters are gathered; None: in their own.
+        prepare: called with each unit and its parameters before it is sharded; they must be off the meta device then.
+
+    Returns:
+        What is gathered as one, and the ranks that slice the same layers, as a mesh.
+
+    Raises:
+        EngineError: ``fsdp.shard_ranks`` does not divide the ranks, or ``fsdp.tensor_ranks`` not the ranks of a copy.
+        ConfigError: the module cannot be sliced for ``fsdp.tensor_ranks``.
+    """
+    mesh = _mesh(config.fsdp, ranks.device.type, ranks.world_size)
+    slicing = module.slicing(config.fsdp.tensor_ranks) if config.fsdp.tensor_ranks > 1 else {}
+    options: dict[str, Any] = {
+        "mesh": mesh[AXES[-mesh.ndim : -1]],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.fsdp.offload else OffloadPolicy(),
+    }
+    room, sharded = config.fsdp.gather_gb * 2**30, set()
+    for unit in getattr(module, "shard_units", list)():
+        whole = {parameter for part in unit for parameter in part.parameters()}
+        size = sum(p.numel() * (compute_dtype or p.dtype).itemsize for p in whole) // config.fsdp.tensor_ranks
+        prepare(unit, whole)
+        for part in unit:
+            if part in slicing:
+                slice_layers(part, slicing[part], mesh["tensor"], ranks.traffic)
+        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=True, **options)
+        for parameter in whole:  # others may refer to it; its shard is what counts from now on
+            parameter.data = parameter.data.new_empty(0)
+        sharded |= whole
+        if size <= room and len(unit) == 1:
+            unit[0].set_reshard_after_forward(False)
+            unit[0].set_reshard_after_backward(False)
+            room -= size
+    prepare([], set(module.parameters()) - sharded)
+    fully_shard(module, **options)
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_custom_all_gather(_AllGather(ranks.traffic))  # type: ignore[arg-type]  # PyTorch's class of it is private
+        part.set_custom_reduce_scatter(_ReduceScatter(ranks.traffic))  # type: ignore[arg-type]
+    module._get_fsdp_state()._lazy_init()  # this module is the root, also when a part of it is called first
+    return parts, mesh["tensor"]
 
 
 def _mesh(fsdp: Fsdp, device_type: str, ranks: int) -> DeviceMesh:

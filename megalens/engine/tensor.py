@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
 
-from megalens.engine.base import Traffic
+from megalens.engine.ranks import Traffic
 
 HEADS = 2  # the axis of heads in [B, S, heads, head_dim], where attention norms its queries and keys
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from megalens.config import Config
-from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, join_alone, optimizer_groups, to_device, with_rollouts
+from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, fill, optimizer_groups, to_device, with_rollouts
 from megalens.engine.ds_config import resolve
 from megalens.engine.ds_package import import_deepspeed
+from megalens.engine.ranks import join_alone
 from megalens.engine.state import OptimizerState, Part
 
 
@@ -39,7 +40,7 @@ class ZeroEngine(Engine):
         if settings["zero_optimization"]["stage"] == 3:
             deepspeed.init_distributed(dist_init_required=False)  # its Init asks for the number of ranks before it joins them
             for unit in getattr(module, "shard_units", list)():
-                self._fill(unit, weights)
+                fill(module, unit, weights, self.device)
                 deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,

@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from megalens.engine.base import rank_and_size
+from megalens.engine.ranks import rank_and_size
 
 
 class Watchdog:

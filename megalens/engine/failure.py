@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megalens.engine.base import leave_ranks
+from megalens.engine.ranks import leave_ranks
 from megalens.engine.state import EngineError
 from megalens.launcher import rank
 
