@@ -31,12 +31,13 @@ def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
     from megalens.config import load_config
     from megalens.data import dump
     from megalens.data.pretokenize import load_tokens
+    from megalens.data.read_out import Contexts, ForwardBatches
     from megalens.device import usable_cores
 
     torch.set_num_threads(max(1, usable_cores() // ranks))
     config = load_config(arguments)
-    subject = dump.load_subject(config, upto_block=config.layer_l)
-    dump.load_subject = lambda *_, **__: subject
+    reading = dump.load_to_read(config)
+    subject, dump.load_to_read = reading[0], lambda _: reading
     dump.SPLITS = ("train",)
     os.environ["RANK"] = str(rank)
     batches = []
@@ -44,7 +45,9 @@ def child(kind: str, rank: int, ranks: int, arguments: list[str]) -> None:
         tokens = load_tokens(config, "train")
         plan = dump.row_order(config, "train", tokens)
         for index in range(rank, -(-plan.rows // config.activation_dumper.rows_per_shard), ranks):
-            batches += [ids_BC for ids_BC, _ in dump.forward_batches(config, tokens, plan.shard(index))[1]]
+            rows = plan.shard(index)
+            contexts = Contexts(tokens, rows.source_K, config.activation_dumper.seq_len)
+            batches += [ids_BC for ids_BC, _ in ForwardBatches(config, contexts, rows)]
     subject.residual(torch.zeros(1, 8, dtype=torch.long))
     print("ready", flush=True)
     sys.stdin.readline()

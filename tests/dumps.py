@@ -43,7 +43,7 @@ def make_dump(folder: Path, count: int = 250, seed: int = 0, **changes) -> dict[
     rows = make_rows(count, changes.get("d", D), seed)
     writer = ShardWriter(folder, header(count, **changes))
     writer.begin()
-    writer.calibrate(lambda: rows["activation"])
+    writer.calibrate(rows["activation"])
     for index in range(writer.num_shards):
         part = writer.shard_rows(index)
         writer.write(index, {name: value[part.start : part.stop] for name, value in rows.items()})

@@ -384,7 +384,7 @@ def test_a_missing_text_layer_or_model_is_one_line(make_config, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # rotary and learned positions
 def test_what_the_subject_cannot_read_is_refused_before_it_is_loaded(make_config, place, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("megalens.data.dump.load_subject", lambda *_, **__: pytest.fail("the subject was loaded"))
+    monkeypatch.setattr("megalens.data.dump.load_to_read", lambda *_, **__: pytest.fail("the subject was loaded"))
     few, whole = str(make_model(tmp_path / "few", kind=kind, vocab_size=300)), str(make_model(tmp_path / "whole", kind=kind))
     with pytest.raises(ConfigError, match=r"the tokenizer of .*few gives ids up to 511, and .*few has 300 embeddings; fetch"):
         dump(make_config(model_name=few))

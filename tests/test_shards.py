@@ -111,11 +111,11 @@ def test_any_order_and_number_of_writers_gives_the_same_bytes(tmp_path):
 def test_a_claimed_shard_is_not_given_twice_and_comes_free_with_its_holder(tmp_path):
     first, second = ShardWriter(tmp_path, header(250)), ShardWriter(tmp_path, header(250))
     first.begin(), second.begin()
-    lock = first.claim(0, wait=False)
+    lock = first.claim(0)
     assert lock is not None
-    assert second.claim(0, wait=False) is None
+    assert second.claim(0) is None
     lock.release()
-    assert second.claim(0, wait=True) is not None
+    assert second.claim(0) is not None
 
 
 def test_a_written_shard_is_not_claimed_again(tmp_path):
@@ -123,7 +123,7 @@ def test_a_written_shard_is_not_claimed_again(tmp_path):
     writer = ShardWriter(tmp_path, header(100))
     writer.begin()
     writer.write(0, rows)
-    assert writer.claim(0, wait=True) is None
+    assert writer.claim(0) is None
 
 
 def test_an_unfinished_dump_with_other_settings_is_discarded(tmp_path):

@@ -2,6 +2,7 @@
 
 usage: megalens dump [config=conf/x.yaml] [key=value ...]
        torchrun --nproc_per_node N tools/dump_acts.py ...        (any number of ranks and nodes on one shared disk)
+       torchrun --nproc_per_node N tools/dump_acts.py engine=fsdp ...   (a subject that fits in no process: each holds its share)
 
   layer_l=L                                the block after which activations are read (0-based); layer_l=[10,15,20]: several in one pass
   activation_dumper.num_samples=N          rows of the train split (-1: all there are); val_num_samples likewise
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 from megalens.config import load_config
 from megalens.data.dump import dump
+from megalens.engine.failure import told_once
 
 
 def main(arguments: list[str]) -> None:
-    dump(load_config([a.replace("layer_l=", "activation_dumper.layers=") if "layer_l=[" in a else a for a in arguments]))
+    with told_once():
+        dump(load_config([a.replace("layer_l=", "activation_dumper.layers=") if "layer_l=[" in a else a for a in arguments]))

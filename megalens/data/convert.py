@@ -115,7 +115,7 @@ def write(config: Config, folder: Path, rows: dict[str, Tensor], split: str) -> 
     }
     writer = ShardWriter(folder, header)
     writer.begin()
-    writer.calibrate(lambda: rows["activation"][: settings.rows_per_shard])
+    writer.calibrate(rows["activation"][: settings.rows_per_shard])
     for index in range(writer.num_shards):
         part = writer.shard_rows(index)
         writer.write(index, {name: value[part.start : part.stop] for name, value in rows.items()})

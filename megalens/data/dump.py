@@ -3,13 +3,16 @@
 Any number of processes dump together without talking to each other. The configuration fixes the rows, their order and the forward batches
 (:mod:`megalens.data.sampling`). A process claims one shard at a time. A process that dies loses its claim, and another makes the shard
 again, the same to the last bit.
+
+Under an engine that shards weights, the ranks of a launch are one such process: its rank 0 claims and writes, all of them read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -20,8 +23,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from megalens.config import Config
@@ -29,16 +30,19 @@ from megalens.data import DataError
 from megalens.data.encoding import encoding_of
 from megalens.data.identity import dump_identity, first_difference
 from megalens.data.pretokenize import load_tokens, vocab_size
-from megalens.data.sampling import RowOrder, Rows
+from megalens.data.read_out import ReadOut
+from megalens.data.sampling import RowOrder
 from megalens.data.shards import REDUMP, ShardWriter, discard, file_problem, read_meta
-from megalens.device import resolve_dtype
+from megalens.device import resolve_device, resolve_dtype
+from megalens.engine import Ranks, sharers
 from megalens.families.loading import check_model, load_tokenizer
 from megalens.files import Folder, time_at
 from megalens.launcher import rank
 from megalens.lens.prompts import check_context, check_tokenizer
-from megalens.lens.subject import Subject, load_subject
+from megalens.lens.subject import Subject, load_to_read
 
 SPLITS = ("train", "val")
+_PATIENCE = 0.2  # seconds between two looks at a shard that another process holds
 
 
 def dump(config: Config) -> None:
@@ -55,7 +59,8 @@ def dump(config: Config) -> None:
     forced = time_at(Path(config.activation_dumper.root)) if config.force_redump else 0.0
     layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
     splits = [split for split in SPLITS if split == "val" or not config.on_the_fly]
-    todo = {split: [layer for layer in layers if not _kept(layer, split, forced)] for split in splits}
+    ranks = sharers(config, resolve_device(config.device))
+    todo = ranks.by_main(lambda: {split: [layer for layer in layers if not _kept(layer, split, forced)] for split in splits})
     todo = {split: left for split, left in todo.items() if left}
     if not todo:
         return
@@ -66,16 +71,21 @@ def dump(config: Config) -> None:
         tokens[split] = load_tokens(config, split)
         orders[split] = row_order(config, split, tokens[split])
     check_context(config, settings)
-    subject = load_subject(layers[-1], upto_block=layers[-1].layer_l)
-    writers = {split: [_writer(layer, split, orders[split], subject) for layer in left] for split, left in todo.items()}
-    _check_space(list(chain(*writers.values())))
-    for writer in chain(*writers.values()):
+    reader = ReadOut(config, *load_to_read(layers[-1]))
+    writers = {split: [_writer(layer, split, orders[split], reader.subject) for layer in left] for split, left in todo.items()}
+    reader.ranks.by_main(partial(_begin, list(chain(*writers.values())), forced))
+    for wait in (False, True):  # first the shards that nobody holds, then those that a killed process may leave
+        for split in todo:
+            _work(reader, tokens[split], orders[split], writers[split], wait)
+    reader.ranks.close()
+
+
+def _begin(writers: list[ShardWriter], forced: float) -> None:
+    _check_space(writers)
+    for writer in writers:
         discard(writer.folder, older_than=forced)
         if note := writer.begin():
             say(note)
-    for wait in (False, True):  # first the shards that nobody holds, then those that a killed rank may leave
-        for split in todo:
-            _work(config, subject, tokens[split], orders[split], writers[split], wait)
 
 
 def check(config: Config, split: str) -> str | None:
@@ -194,125 +204,78 @@ def _size(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
-def _work(config: Config, subject: Subject, tokens: datasets.Dataset, order: RowOrder, writers: list[ShardWriter], wait: bool) -> None:
-    """Make the shards that can be claimed, one being written while the next is read out; the last rank to leave writes ``meta.json``."""
-    written = min(writer.rows_written() for writer in writers)
-    if written == order.rows and all([writer.finish() for writer in writers]):
+def _work(reader: ReadOut, tokens: datasets.Dataset, order: RowOrder, writers: list[ShardWriter], wait: bool) -> None:
+    """Make the shards that can be claimed, one being written while the next is read out; the last rank to leave writes ``meta.json``.
+
+    Ranks that share the subject read each shard together; their rank 0 alone claims and writes.
+
+    Args:
+        wait: also wait for those that others hold, and may leave.
+    """
+    ranks = reader.ranks
+    if ranks.by_main(lambda: _rows_written(writers) == order.rows and all([writer.finish() for writer in writers])):
         return
-
-    def first_activations(number: int) -> Tensor:
-        return _read_out(config, subject, tokens, order.shard(0), writers)["activations"][number]
-
-    for number, writer in enumerate(writers):
-        writer.calibrate(partial(first_activations, number))
-    label = f"dumping {writers[0].header['split']}"
+    _calibrate(reader, tokens, order, writers)
+    label, written = f"dumping {writers[0].header['split']}", _rows_written(writers) if ranks.is_main else 0
     with tqdm(total=order.rows, initial=written, unit="row", desc=label, disable=rank() != 0, smoothing=0.05) as bar:
         with ThreadPoolExecutor(1) as background:
             pending = None
             for index in range(writers[0].num_shards):
-                with ExitStack() as locks:
-                    claimed = _claim(writers, index, wait, locks)
-                    if not claimed:
-                        continue
-                    rows = _read_out(config, subject, tokens, order.shard(index), claimed, bar.update)
-                    if pending is not None:
-                        pending.result()
-                    pending = background.submit(_store, claimed, index, rows, locks.pop_all())
-                bar.n = max(bar.n, min(writer.rows_written() for writer in writers))
-                bar.set_postfix_str(f"{_size(sum(writer.bytes_written() for writer in writers))} written", refresh=False)
+                for claimed, locks in _claims(ranks, writers, index, wait):
+                    with locks:
+                        layers = [writer.header["layer"] for writer in claimed]
+                        rows = reader.rows(tokens, order.shard(index), layers, lambda count: bar.update(count * ranks.data_ranks))
+                        if pending is not None:
+                            pending.result()
+                        if ranks.is_main:
+                            pending = background.submit(_store, claimed, index, rows, locks.pop_all())
+                if ranks.is_main:
+                    bar.n = max(bar.n, _rows_written(writers))
+                    bar.set_postfix_str(f"{_size(sum(writer.bytes_written() for writer in writers))} written", refresh=False)
             if pending is not None:
                 pending.result()
-        bar.n = min(writer.rows_written() for writer in writers)
-    for writer in writers:
-        writer.finish()
+        bar.n = _rows_written(writers)
+    ranks.by_main(lambda: all([writer.finish() for writer in writers]))
 
 
-def _claim(writers: list[ShardWriter], index: int, wait: bool, locks: ExitStack) -> list[ShardWriter]:
-    """The layers whose shard ``index`` is ours to write, until ``locks`` is closed."""
-    claimed = []
+def _rows_written(writers: list[ShardWriter]) -> int:
+    return min(writer.rows_written() for writer in writers)
+
+
+def _calibrate(reader: ReadOut, tokens: datasets.Dataset, order: RowOrder, writers: list[ShardWriter]) -> None:
+    """For encodings with a scale: take that of the first shard's activations, unless another process has."""
     for writer in writers:
-        if lock := writer.claim(index, wait):
-            locks.callback(lock.release)
-            claimed.append(writer)
-    return claimed
+        if reader.ranks.by_main(lambda writer=writer: writer.needs_scale()):  # type: ignore[misc]
+            rows = reader.rows(tokens, order.shard(0), [writer.header["layer"]])
+            if reader.ranks.is_main:
+                writer.calibrate(rows["activations"][0])
+
+
+def _claims(ranks: Ranks, writers: list[ShardWriter], index: int, wait: bool) -> Iterator[tuple[list[ShardWriter], ExitStack]]:
+    """The layers whose shard ``index`` is ours to write until the locks beside them are closed; several times where some are awaited."""
+    left = set(range(len(writers)))
+    while left:
+        locks = ExitStack()
+
+        def claim(left: set[int], locks: ExitStack) -> tuple[list[int], list[int]]:
+            claimed = []
+            for number in sorted(left):
+                if lock := writers[number].claim(index):
+                    locks.callback(lock.release)
+                    claimed.append(number)
+            return claimed, [number for number in left if writers[number].is_written(index)]
+
+        claimed, written = ranks.by_main(partial(claim, left, locks))
+        left -= {*claimed, *written}
+        if claimed:
+            yield [writers[number] for number in claimed], locks
+        elif not wait:
+            return
+        elif left:
+            time.sleep(_PATIENCE)
 
 
 def _store(writers: list[ShardWriter], index: int, rows: dict, locks: ExitStack) -> None:
     with locks:
         for writer, activation_ND in zip(writers, rows.pop("activations"), strict=True):
             writer.write(index, {**rows, "activation": activation_ND.cpu()})
-
-
-def _read_out(
-    config: Config,
-    subject: Subject,
-    tokens: datasets.Dataset,
-    rows: Rows,
-    writers: list[ShardWriter],
-    progress: Callable[[int], object] = lambda count: None,
-) -> dict:
-    """The rows of one shard: ``activations``, one ``[N, D]`` for each writer's layer, and what all layers share."""
-    (ids_KC, doc_id_K), batches = forward_batches(config, tokens, rows)
-    activations: list[Tensor] = []
-    for ids_BC, index in batches:
-        index = index.to(subject.device)
-        residuals = subject.residuals(ids_BC.to(subject.device), [writer.header["layer"] for writer in writers])
-        if not activations:
-            activations = [resid_BCD.new_empty(len(rows.position_N), resid_BCD.shape[-1]) for resid_BCD in residuals]
-        for activation_ND, resid_BCD in zip(activations, residuals, strict=True):
-            activation_ND[index[0]] = resid_BCD[index[1], index[2]]
-        progress(index.shape[1])
-    return {
-        "activations": activations,
-        "input_ids": torch.from_numpy(ids_KC[rows.document_N]),
-        "position": torch.from_numpy(rows.position_N),
-        "doc_id": torch.from_numpy(doc_id_K[rows.document_N]),
-    }
-
-
-def forward_batches(
-    config: Config, tokens: datasets.Dataset, rows: Rows
-) -> tuple[tuple[np.ndarray, np.ndarray], Iterator[tuple[Tensor, Tensor]]]:
-    """What the subject reads for some rows: documents of like length together, each batch cut behind its last sampled position.
-
-    Returns:
-        the documents' token ids ``[K, seq_len]`` and ``doc_id``; and for each batch its ids ``[B, C]`` and, for each row in it, the row's
-        place in the shard, its document in the batch, and its position ``[3, rows]``.
-    """
-    settings = config.activation_dumper
-    contexts = contexts_of(tokens, rows.source_K, settings.seq_len)
-    length_K = np.zeros(len(rows.source_K), np.int64)
-    np.maximum.at(length_K, rows.document_N, rows.position_N + 1)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for documents, members, places in _groups(rows, length_K, settings.batch_size):
-            width = min(settings.seq_len, -(-int(length_K[documents].max()) // 8) * 8)
-            ids_BC = torch.from_numpy(contexts[0][documents, :width]).long()
-            yield ids_BC, torch.from_numpy(np.stack([places, members, rows.position_N[places]]))
-
-    return contexts, batches()
-
-
-def _groups(rows: Rows, length_K: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Documents of a forward batch, longest last; for each of their rows, which of these documents it is of, and its place in the shard."""
-    order = np.argsort(length_K, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    rank_N = rank[rows.document_N]
-    places = np.argsort(rank_N, kind="stable")
-    for first in range(0, len(order), batch_size):
-        begin, end = np.searchsorted(rank_N[places], [first, first + batch_size])
-        yield order[first : first + batch_size], rank_N[places[begin:end]] - first, places[begin:end]
-
-
-def contexts_of(tokens: datasets.Dataset, source_K: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids ``[K, seq_len]`` int32 of documents, cut or padded with 0, and their ``doc_id``."""
-    table = tokens.with_format("arrow")[source_K]
-    lists = table["input_ids"].combine_chunks()
-    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
-    length_K = np.minimum(np.diff(offsets), seq_len)
-    column = np.arange(seq_len)
-    inside = column < length_K[:, None]
-    ids_KC = np.zeros((len(source_K), seq_len), np.int32)
-    ids_KC[inside] = values[(offsets[:-1, None] + column)[inside]]
-    return ids_KC, table["doc_id"].to_numpy()

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from megalens.config import Config, ConfigError
 from megalens.data import DataError
-from megalens.data.dump import contexts_of, forward_batches, row_order
+from megalens.data.dump import row_order
 from megalens.data.identity import dump_identity, model_identity
 from megalens.data.loader import ActivationLoader
-from megalens.data.moments import Moments
 from megalens.data.pretokenize import load_tokens, tokens_checksums
+from megalens.data.read_out import Contexts, ReadOut
 from megalens.data.sampling import Rows
 from megalens.data.shards import batch_sizes
 from megalens.families.loading import check_model
-from megalens.lens.subject import load_subject
+from megalens.lens.subject import load_to_read
 from megalens.statistics import ActivationStatistics
 
 _STATISTICS_ROWS = 4096
@@ -106,27 +106,27 @@ class ContextReader:
         shard, first = self._batches[index]
         part, rows = slice(first, first + int(self.batch_rows[index])), self._shard(shard)
         documents, member_N = np.unique(rows.document_N[part], return_inverse=True)
-        ids_KC, doc_id_K = contexts_of(self._tokens, rows.source_K[documents], self.meta["seq_len"])
+        contexts = Contexts(self._tokens, rows.source_K[documents], self.meta["seq_len"])
         position_N = rows.position_N[part]
-        ids_NC = ids_KC[member_N] * (np.arange(ids_KC.shape[1]) <= position_N[:, None])
+        ids_NC = contexts.padded(member_N, contexts.seq_len) * (np.arange(contexts.seq_len) <= position_N[:, None])
         return {
             "input_ids": torch.from_numpy(ids_NC.astype(np.int32)),
             "position": torch.from_numpy(position_N),
-            "doc_id": torch.from_numpy(doc_id_K[member_N]),
+            "doc_id": torch.from_numpy(contexts.doc_id_K[member_N]),
             "sample_id": torch.arange(len(position_N)) + shard * self.meta["rows_per_shard"] + first,
         }
 
     @functools.cached_property
     def statistics(self) -> ActivationStatistics:
-        """Of the first rows' activations (at most 4096), read from the subject when first asked for."""
-        subject = load_subject(self._config, upto_block=self._config.layer_l)
-        rows = self._shard(0)
+        """Of the first rows' activations (at most 4096), read from the subject when first asked for.
+
+        Under an engine that shards weights all ranks must ask, since they read together.
+        """
+        reader, rows = ReadOut(self._config, *load_to_read(self._config)), self._shard(0)
         documents, member_N = np.unique(rows.document_N[:_STATISTICS_ROWS], return_inverse=True)
         some = Rows(member_N, rows.position_N[:_STATISTICS_ROWS], rows.source_K[documents])
-        moments = None
-        for ids_BC, index in forward_batches(self._config, self._tokens, some)[1]:
-            part = Moments.of(subject.residual(ids_BC.to(subject.device))[index[1], index[2]].cpu())
-            moments = part if moments is None else moments + part
-        if moments is None:
+        if not len(member_N):
             raise DataError(f"{self.folder} has no rows to take statistics of; ask for more (activation_dumper.num_samples)")
+        moments = reader.moments(self._tokens, some)
+        reader.ranks.close()
         return ActivationStatistics.from_meta(moments.statistics().to_meta())

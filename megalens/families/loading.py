@@ -128,11 +128,14 @@ def load_model(config: Config, settings: Settings) -> PreTrainedModel:
     return model
 
 
-def load_without_blocks(config: Config, settings: Settings, device: torch.device) -> tuple[CausalLM, WeightFiles]:
+def load_without_blocks(
+    config: Config, settings: Settings, device: torch.device, upto_block: int | None = None
+) -> tuple[CausalLM, WeightFiles]:
     """A model whose blocks are on the meta device, all else on ``device``; and the files that hold the blocks' weights.
 
     Args:
         settings: its configuration, of :func:`check_model`.
+        upto_block: keep only blocks ``0 .. upto_block``, and no vocabulary head; None: all.
 
     Raises:
         ConfigError: the walk differs from the model's own forward (on a tiny model of these settings, since the weights are not here),
@@ -151,6 +154,9 @@ def load_without_blocks(config: Config, settings: Settings, device: torch.device
         model = class_of(settings).from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     model.tie_weights()
     lm, files = CausalLM(model), WeightFiles(config.model_name, model)
+    if upto_block is not None:
+        del lm.blocks[upto_block + 1 :]
+        model.get_output_embeddings().weight = lm.vocabulary.out_weight = lm.vocabulary.in_weight  # nothing is said: it is not read
     in_blocks = {parameter for block in lm.blocks for parameter in block.parameters()}
     for parameter_name, parameter in model.named_parameters():
         if parameter not in in_blocks:

@@ -19,7 +19,7 @@ from megalens.lens.prompts import prompts_of, window_of
 from megalens.lens.reconstructor import Reconstructor
 from megalens.lens.rollouts import Rollouts
 from megalens.lens.sampling import Law, Ranks
-from megalens.lens.subject import Read, Subject, shared_contexts
+from megalens.lens.subject import Read, Subject, shared_contexts, units_of
 from megalens.lens.text import Text, lengths_of, tail_ids
 from megalens.lens.verbalizer import Verbalizer
 from megalens.ops import noise_keys
@@ -178,14 +178,9 @@ class ConsistencyLens(nn.Module):
 
     def shard_units(self) -> list[list[nn.Module]]:
         """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
-        lm = self.subject.lm
         maps = [self.verbalizer.projection, self.reconstructor.head]
         maps += [self.reference.projection] if self.reference is not None else []
-        whole = [*self._all_blocks(), *(part for part in maps if any(True for _ in part.parameters()))]
-        vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
-        inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
-        rest = [part for part in self.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
-        return [vocabulary, *([part] for part in [*whole, *rest])]
+        return units_of(self, self.subject.lm, [*self._all_blocks(), *(part for part in maps if any(True for _ in part.parameters()))])
 
     def slicing(self, ranks: int) -> dict[nn.Module, dict[str, str]]:
         """How ``ranks`` can slice layers among them (tensor parallelism): by module and path within it, see :meth:`CausalLM.slicing`."""
@@ -235,14 +230,11 @@ class ConsistencyLens(nn.Module):
         if ".lora_" in name:
             as_first_named = rest.removeprefix("lm.").replace(".reference.", ".verbalizer.")
             return adapter_start(self.config.seed, as_first_named, self.get_parameter(name).shape)
-        files = self.subject.files
-        if files is None:
-            raise ValueError(f"{name} has no values to start from: the subject was loaded whole")
         if role == "subject":
-            return files.read(rest.removeprefix("lm.model.").replace(".base_layer.", "."))
+            return self.subject.initial(rest)
         index, within = rest.removeprefix("own.").split(".", 1)
         block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
-        return files.read(f"{block}.{within}")
+        return self.subject.initial(f"lm.model.{block}.{within}")
 
     def _all_blocks(self) -> list[nn.Module]:
         """The subject's blocks and every role's own."""

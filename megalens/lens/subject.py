@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megalens.batch import Batch
 from megalens.config import Config
 from megalens.device import resolve_device
+from megalens.engine import Ranks, join_ranks, shard_frozen, shards_weights
 from megalens.families.adapters import adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
@@ -75,17 +76,16 @@ class Subject(nn.Module):
             return self._lower(input_ids_BC)
 
     @torch.no_grad()
-    def residuals(self, input_ids_BC: Tensor, layers: list[int]) -> list[Tensor]:
-        """Residual streams ``[B, C, D]`` after each of some blocks (ascending), in one pass."""
-        result, done = [], 0
+    def residuals(self, input_ids_BC: Tensor, layers: list[int]) -> Iterator[Tensor]:
+        """Residual streams ``[B, C, D]`` after each of some blocks (ascending), one after the other, in one pass."""
+        done = 0
         with adapter(self.lm, None):
             positions = torch.arange(input_ids_BC.shape[1], device=input_ids_BC.device)[None]
             hidden = self.lm.enter(self.lm.embed(input_ids_BC), positions)
             for layer in layers:
                 hidden = self.lm.run(hidden, done, layer + 1, positions)
-                result.append(hidden)
                 done = layer + 1
-        return result
+                yield hidden
 
     @torch.no_grad()
     def read(self, input_ids_SC: Tensor, position_B: Tensor, sequence_B: Tensor | None = None) -> Read:
@@ -157,6 +157,22 @@ class Subject(nn.Module):
                 hidden = torch.cat([hidden, rest], dim=1)
             return self.lm.final_norm(hidden)
 
+    # ------------------------------------------------------------------------------------- what engines that shard ask
+
+    def shard_units(self) -> list[list[nn.Module]]:
+        """What a sharding engine gathers together: the tied vocabulary, and every block."""
+        return units_of(self, self.lm, list(self.lm.blocks))
+
+    def slicing(self, ranks: int) -> dict[nn.Module, dict[str, str]]:
+        """How ``ranks`` can slice the blocks' layers among them; see :meth:`CausalLM.slicing`."""
+        return dict.fromkeys(self.lm.blocks, self.lm.slicing(ranks))
+
+    def initial(self, name: str) -> Tensor:
+        """The values of a parameter that is on the meta device, read from its file."""
+        if self.files is None:
+            raise ValueError(f"{name} has no values to start from: the subject was loaded whole")
+        return self.files.read(name.removeprefix("lm.model.").replace(".base_layer.", "."))
+
     def _lower(self, input_ids_BC: Tensor) -> Tensor:
         positions = torch.arange(input_ids_BC.shape[1], device=input_ids_BC.device)[None]
         hidden = self.lm.enter(self.lm.embed(input_ids_BC), positions)
@@ -171,7 +187,8 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
 
     Args:
         upto_block: keep only blocks ``0 .. upto_block`` (for a dump, which needs no more); None: all.
-        empty_blocks: leave the blocks on the meta device; ``files`` of the subject are where their weights are.
+        empty_blocks: leave the blocks on the meta device; ``files`` of the subject are where their weights are. Blocks above
+            ``upto_block`` are never read then.
 
     Raises:
         ConfigError: no such model, its files are missing or damaged, ``layer_l`` is not a block of it, or the walk through it differs
@@ -179,7 +196,7 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
     """
     settings, device = check_model(config), resolve_device(config.device)
     if empty_blocks:
-        lm, files = load_without_blocks(config, settings, device)
+        lm, files = load_without_blocks(config, settings, device, upto_block)
         return Subject(lm, config.layer_l, subject_fingerprint(config), files)
     lm = CausalLM(load_model(config, settings))
     if upto_block is not None:
@@ -187,6 +204,32 @@ def load_subject(config: Config, upto_block: int | None = None, empty_blocks: bo
     subject = Subject(lm, config.layer_l, subject_fingerprint(config)).to(device)
     check_walk(lm)
     return subject
+
+
+def load_to_read(config: Config) -> tuple[Subject, Ranks]:
+    """The subject's blocks ``0 .. layer_l``, for reading activations; under an engine that shards weights this rank's shards of them.
+
+    Returns:
+        The subject, and the ranks that share it: they must read equally often, each what it likes. This process alone where it has all.
+
+    Raises:
+        ConfigError: as of :func:`load_subject`.
+        EngineError: the ranks cannot share it as the engine's settings say.
+    """
+    if not shards_weights(config):
+        subject = load_subject(config, config.layer_l)
+        return subject, Ranks(subject.device)
+    join_ranks(resolve_device(config.device))
+    subject = load_subject(config, config.layer_l, empty_blocks=True)
+    return subject, shard_frozen(config, subject)
+
+
+def units_of(module: nn.Module, lm: CausalLM, whole: list[nn.Module]) -> list[list[nn.Module]]:
+    """What a sharding engine gathers together of a module: the vocabulary, tied or not; each of ``whole``; and each other part."""
+    vocabulary = [lm.vocabulary, lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
+    inside = {part for unit in [*whole, *vocabulary] for part in unit.modules()}
+    rest = [part for part in module.modules() if part not in inside and any(True for _ in part.parameters(recurse=False))]
+    return [vocabulary, *([part] for part in [*whole, *rest])]
 
 
 def shared_contexts(batch: Batch) -> tuple[Tensor, Tensor]:

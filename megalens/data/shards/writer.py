@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | Path, header: dict):
-        self.folder, self.work = Path(folder), Path(folder) / ".work"
+        self.folder, self.work, self._meta = Path(folder), Path(folder) / ".work", Path(folder) / "meta.json"
         self.header = {"format": FORMAT, "format_version": VERSION, **header}
         self.encoding = encoding_of(header["encoding"])
         self.schema = schema_of(self.header)
@@ -65,7 +65,7 @@ class ShardWriter:
         header = one_key_per_line(self.header)
         with _folder_lock(self.folder):
             path = self.work / "header.json"
-            if (self.folder / "meta.json").exists() or (path.exists() and path.read_text() == header):
+            if self._meta.exists() or (path.exists() and path.read_text() == header):
                 return None
             found = _leftovers(self.folder)
             _remove(found)
@@ -73,13 +73,13 @@ class ShardWriter:
                 file.write(header.encode())
         return f"an unfinished dump of other settings or another version was in {self.folder} and is discarded" if found else None
 
-    def claim(self, index: int, wait: bool) -> Lock | None:
+    def claim(self, index: int) -> Lock | None:
         """The right to write shard ``index``, until its lock is released or this process dies; None: it is written or another one's."""
         lock = Lock(self.work / f"{index:05d}.lock")
         if self.is_written(index):
             return None
         try:
-            if not lock.acquire(wait):
+            if not lock.acquire(wait=False):
                 return None
         except FileNotFoundError:  # the whole dump was finished meanwhile
             return None
@@ -88,33 +88,35 @@ class ShardWriter:
             return None
         return lock
 
-    def calibrate(self, read: Callable[[], Tensor]) -> None:
-        """For encodings with a scale: agree with all other writers on the scale of each dimension; to be called before :meth:`write`.
+    def needs_scale(self) -> bool:
+        """Must :meth:`calibrate` be called before :meth:`write`? So it is for encodings with a scale, until some process has."""
+        return self.encoding.scaled and self._scale_D is None and not any(map(Path.exists, (self.work / "scale.json", self._meta)))
 
-        Args:
-            read: gives activations ``[N, d]``; called by the first writer alone. The scale is their standard deviation.
+    def calibrate(self, activation_ND: Tensor) -> None:
+        """For encodings with a scale: set that of each dimension, the standard deviation of some activations.
+
+        Where another process has set one, that one holds.
         """
-        if not self.encoding.scaled or self._scale_D is not None:
+        if not self.encoding.scaled:
             return
         path = self.work / "scale.json"
         try:
             with Lock(self.work / "scale.lock"):
                 if not path.exists():
-                    deviation_D = read().float().cpu().double().numpy().std(0)
+                    deviation_D = activation_ND.float().cpu().double().numpy().std(0)
                     scale_D = np.where(deviation_D > 0, deviation_D, 1).astype(np.float32)
                     with new_file(path) as file:
                         file.write(json.dumps(scale_D.tolist()).encode())
-                self._scale_D = np.array(json.loads(path.read_text()), np.float32)
         except FileNotFoundError:  # the whole dump was finished meanwhile
             return
 
     def is_written(self, index: int) -> bool:
         """Is shard ``index`` complete?"""
-        return (self.work / f"{index:05d}.json").exists() or (self.folder / "meta.json").exists()
+        return (self.work / f"{index:05d}.json").exists() or self._meta.exists()
 
     def rows_written(self) -> int:
         """Rows of all complete shards."""
-        if (self.folder / "meta.json").exists():
+        if self._meta.exists():
             return self.header["rows"]
         return sum(len(self.shard_rows(int(path.stem))) for path in self.work.glob("[0-9]*.json"))
 
@@ -134,6 +136,8 @@ class ShardWriter:
             DataError: an activation is not finite, or the disk is full.
         """
         numbers, moments, lost = self.shard_rows(index), None, np.zeros(2)
+        if self.encoding.scaled and self._scale_D is None:
+            self._scale_D = np.array(json.loads((self.work / "scale.json").read_text()), np.float32)
         if len(rows["activation"]) != len(numbers):
             raise ValueError(f"shard {index} holds {len(numbers)} rows, not {len(rows['activation'])}")
         with new_file(self.folder / shard_name(index), self.work) as file:
@@ -161,11 +165,11 @@ class ShardWriter:
         if not all(self.is_written(i) for i in range(self.num_shards)):
             return False
         with _folder_lock(self.folder):
-            if not (self.folder / "meta.json").exists():
+            if not self._meta.exists():
                 records = [json.loads((self.work / f"{i:05d}.json").read_text()) for i in range(self.num_shards)]
                 scale = json.loads((self.work / "scale.json").read_text()) if self.encoding.scaled else None
                 meta = {**self.header, **_summary(records, scale)}
-                with new_file(self.folder / "meta.json", self.work) as file:
+                with new_file(self._meta, self.work) as file:
                     file.write(render_meta(meta).encode())
             shutil.rmtree(self.work, ignore_errors=True)
         return True

@@ -106,7 +106,8 @@ class Steering:
     @torch.no_grad()
     def stream(self, ids_BC: Tensor) -> Tensor:
         """The residual stream ``[B, C, D]`` after the block, before anything is added."""
-        return self.subject.residuals(ids_BC, [self.block])[0]
+        (resid_BCD,) = self.subject.residuals(ids_BC, [self.block])
+        return resid_BCD
 
     @torch.no_grad()
     def read(self, ids_BC: Tensor, vector_BD: Tensor) -> Tensor:
