@@ -12,7 +12,8 @@ class Batch(TypedDict, total=False):
 
     ``activation [B, d]`` float32; left out where the lens shall read it from the subject itself. ``input_ids [B, C]``: the context's
     tokens 0 to P, 0 behind them. ``position [B]``: P. ``sample_id [B]``: the row's number. ``doc_id [B]``: its document. Of a mixture of
-    dumps also ``layer [B]`` and ``source [B]``, the dump's number. All but the activation are int64.
+    dumps also ``layer [B]`` and ``source [B]``, the dump's number. Where texts are given, ``text_ids [B, W]``, right-padded,
+    ``text_length [B]``, and ``text_weight [B, W]`` float32 where tokens weigh differently. All but activation and weights are int64.
     """
 
     activation: Tensor
@@ -22,3 +23,6 @@ class Batch(TypedDict, total=False):
     doc_id: Tensor
     layer: Tensor
     source: Tensor
+    text_ids: Tensor
+    text_length: Tensor
+    text_weight: Tensor

@@ -56,8 +56,7 @@ def main(arguments: list[str]) -> int:
 def train(config: Config) -> int:
     """Build everything, train, close."""
     from megalens.checkpoint.formats.megalens import read_optimizer
-    from megalens.data.loader import ActivationLoader
-    from megalens.data.source import training_loader
+    from megalens.data.source import held_out_loader, training_loader
     from megalens.engine import build_engine, data_share, rank_and_size, shards_weights
     from megalens.families.loading import subject_fingerprint
     from megalens.objective import build_lens
@@ -70,7 +69,7 @@ def train(config: Config) -> int:
     rank, world_size = rank_and_size()
     folder = open_folder(config, rank)
     loader = training_loader(config, *data_share(config))
-    held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
+    held_out = held_out_loader(config, rank)
     clock = clock_of(config, loader.steps_per_epoch)
     same = identity(config, subject_fingerprint(config), loader.identity)
     start = find_start(config, folder, loader, same)

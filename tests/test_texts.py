@@ -29,7 +29,9 @@ def model(tmp_path_factory):
 
 
 def make_lens(model, t_text=6, suffix="", mode="lora", **keys):
-    weights = {name: keys.pop(name) for name in tuple(keys) if name.endswith("_weight") or name in ("tail_order", "evaluation")}
+    weights = {
+        name: keys.pop(name) for name in tuple(keys) if name.endswith("_weight") or name in ("tail_order", "evaluation", "terms", "given")
+    }
     config = Config(
         model_name=model,
         layer_l=1,

@@ -18,7 +18,7 @@ from megalens.config.roles import (
 from megalens.config.rules import validate
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
 from megalens.config.schema import Config
-from megalens.config.text import ActivationDumper, Dataset, Pretokenize
+from megalens.config.text import ActivationDumper, Dataset, Given, Pretokenize
 
 __all__ = [
     "ActivationDumper",
@@ -29,6 +29,7 @@ __all__ = [
     "EarlyTermination",
     "Evaluation",
     "Fsdp",
+    "Given",
     "Lora",
     "LrMultipliers",
     "LrScheduler",

@@ -177,6 +177,7 @@ def _check_text(config: Config) -> None:
         options.inject_norm is None or (options.inject == "embedding" and options.inject_norm > 0),
         f"verbalizer.inject_norm={options.inject_norm} must be greater than 0 and needs verbalizer.inject=embedding",
     )
+    _check_given(config)
     _require(options.tag is None or options.tag.isidentifier(), f"verbalizer.tag={options.tag} must be one word, e.g. explanation")
     _require(options.tag is None or options.end_token is not None, "verbalizer.tag needs texts that end; set verbalizer.end_token=eos")
     _require(
@@ -187,6 +188,18 @@ def _check_text(config: Config) -> None:
         all(0 < count <= config.t_text for count in prefixes),
         f"evaluation.prefixes={prefixes} must lie between 1 and t_text={config.t_text}",
     )
+
+
+def _check_given(config: Config) -> None:
+    asked = [name for name in ("say", "read") if config.terms.get(name)]
+    _require(
+        not asked or config.given.path is not None, f"terms.{asked[0] if asked else ''} needs given texts; set given.path to a file of them"
+    )
+    _require(
+        config.given.path is None or config.tail_order == "forward",
+        "given.path needs tail_order=forward: a given text is read in the order in which it is said",
+    )
+    _require(config.given.path is None or not config.mix, "given.path cannot be joined to a mixture; leave mix empty")
 
 
 def _check_data(config: Config) -> None:

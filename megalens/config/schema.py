@@ -13,7 +13,7 @@ from megalens.config.fields import Schedule, Weight, WithWeights, as_weight, set
 from megalens.config.method import Rollouts
 from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, Reference, Verbalizer
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
-from megalens.config.text import ActivationDumper, Dataset, Pretokenize
+from megalens.config.text import ActivationDumper, Dataset, Given, Pretokenize
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Config(WithWeights):
     on_the_fly: bool = setting(
         False, "read the training's activations from the subject as it goes (free with kl_base_weight); only the val split is dumped"
     )
+    given: Given = setting(Given(), "texts that are given, for terms.say and terms.read")
     mix: list[str] = setting([], "train on several dumps of one layer: [FOLDER=SHARE, ...]; empty: on this configuration's own")
     loader_workers: int = setting(0, "processes per rank that read batches ahead; 0: a thread")
 

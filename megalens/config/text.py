@@ -35,6 +35,21 @@ class Pretokenize:
 
 
 @dataclass
+class Given:
+    """Texts from a file, which the terms ``say`` and ``read`` train on."""
+
+    path: str | None = setting(
+        None,
+        "a .jsonl or .parquet file of texts for the training's rows, by sample_id or by doc_id and position; an epoch gives each text once",
+    )
+    val_path: str | None = setting(None, "the same for the held-out rows; the validation then uses the rows that have a text; null: none")
+    text_column: str = setting("text", "the column that holds a text, or a list of texts")
+    spans_column: str = setting(
+        "spans", "the column, where there is one, with spans of a text that count more or less: [first, end, weight]"
+    )
+
+
+@dataclass
 class ActivationDumper:
     """Reading activations out of the subject into shards."""
 

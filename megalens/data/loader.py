@@ -314,7 +314,7 @@ class _Windows:
 
 def window_bytes_of(meta: dict, batches: int) -> int:
     """Memory that so many record batches of a dump take in a window, bytes."""
-    row_bytes = meta["d"] * encoding_of(meta["encoding"]).decoded.itemsize + 4 * meta["seq_len"]
+    row_bytes = meta["d"] * encoding_of(meta["encoding"]).decoded.itemsize + 4 * meta["seq_len"] + meta.get("text_bytes", 0)
     return row_bytes * meta["rows_per_batch"] * batches
 
 
@@ -350,4 +350,4 @@ def _join(parts: list[Columns]) -> Columns:
 
 def _finish(rows: Columns) -> Columns:
     floats = {"activation": rows["activation"].float()} if "activation" in rows else {}
-    return {**rows, **floats, "input_ids": rows["input_ids"].long()}
+    return {**rows, **floats, **{name: rows[name].long() for name in ("input_ids", "text_ids") if name in rows}}

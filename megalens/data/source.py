@@ -20,7 +20,8 @@ from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import load_tokens, tokens_checksums
 from megalens.data.read_out import Contexts, ReadOut
 from megalens.data.sampling import Rows
-from megalens.data.shards import batch_sizes
+from megalens.data.shards import ShardReader, batch_sizes
+from megalens.data.texts import with_texts
 from megalens.families.loading import check_model
 from megalens.lens.subject import load_to_read
 from megalens.statistics import ActivationStatistics
@@ -36,12 +37,26 @@ def training_loader(config: Config, rank: int = 0, world_size: int = 1) -> Activ
         ConfigError: an entry of ``mix`` is no FOLDER=SHARE.
     """
     source: Any = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
+    if config.given.path is not None:
+        reader = source if config.on_the_fly else ShardReader(source)
+        source = with_texts(config, reader, "train", tell=rank == 0)
     loader = ActivationLoader(source, config.batch_size, config.seed, rank, world_size, workers=config.loader_workers)
     if config.mix:
         wanted = model_identity(config)
         for reader in loader.readers:
             reader.check_matches(wanted)
     return loader
+
+
+def held_out_loader(config: Config, rank: int = 0) -> ActivationLoader:
+    """The rows of the validation dump; those that have a text, where ``given.val_path`` gives some.
+
+    Raises:
+        DataError: there is no such dump, or its texts cannot be read.
+    """
+    folder: Any = config.activation_dir("val")
+    source = with_texts(config, ShardReader(folder), "val", tell=rank == 0) if config.given.val_path is not None else folder
+    return ActivationLoader(source, 1, config.seed)
 
 
 def mixture(config: Config) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Frame:
         return None if self.end_id is None else lengths_of(ids_BT, self.end_id)
 
     def put(self, words_BW: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is to be said to give explanations: tags around them, the end token behind, ``[B, t_text]``.
+        """What is to be said to give explanations: tags around them, the end token behind.
 
         Args:
             words_BW: right-padded ids, at most :attr:`room` of each row.
@@ -85,7 +85,8 @@ class Frame:
         """
         if self.end_id is None or lengths_B is None:
             return words_BW, lengths_B
-        place = torch.arange(self.t_text, device=words_BW.device)[None] - len(self.before)
+        reach = words_BW.shape[1] + self.t_text - self.room
+        place = torch.arange(reach, device=words_BW.device)[None] - len(self.before)
         ids_BT = words_BW.gather(1, place.clamp(0, words_BW.shape[1] - 1).expand(len(words_BW), -1))
         for index, number in enumerate(self.before, -len(self.before)):
             ids_BT = torch.where(place == index, number, ids_BT)
@@ -93,6 +94,22 @@ class Frame:
             ids_BT = torch.where(place == lengths_B[:, None] + index, number, ids_BT)
         last_B = lengths_B + len(self.behind)
         return torch.where(place >= last_B[:, None], self.end_id, ids_BT), last_B + len(self.before)
+
+    def counted(self, lengths_B: Tensor, reach: int, weight_BW: Tensor | None = None) -> Tensor:
+        """The weight of each token of what :meth:`put` gives, ``[B, reach]``: 1 for tags and the end token, 0 behind it.
+
+        Args:
+            lengths_B: how many words each explanation has.
+            weight_BW: the words' weights; None: 1.
+        """
+        place = torch.arange(reach, device=lengths_B.device)[None] - len(self.before)
+        last_B1 = lengths_B[:, None] + len(self.behind)
+        counts_BT = place < last_B1 if self.end_id is None else place <= last_B1
+        if weight_BW is None:
+            return counts_BT
+        word_BT = weight_BW.gather(1, place.clamp(0, weight_BW.shape[1] - 1).expand(len(weight_BW), -1))
+        is_word_BT = (place >= 0) & (place < lengths_B[:, None])
+        return counts_BT * torch.where(is_word_BT, word_BT, 1.0)
 
     def explained(self, ids_BT: Tensor, lengths_B: Tensor | None) -> Explained:
         """Which tokens of said texts are their explanations."""

@@ -24,7 +24,7 @@ from megalens.lens.text import Text
 from megalens.objective.functions import weighted_sum
 from megalens.objective.step import Step
 
-NEEDS = ("read", "tails", "text", "rebuild", "rollouts", "reference")
+NEEDS = ("read", "tails", "given", "text", "rebuild", "rollouts", "reference")
 
 
 class Term(ABC):
@@ -32,9 +32,9 @@ class Term(ABC):
 
     Attributes:
         name: in the metrics.
-        needs: which of :data:`NEEDS` it asks its pass for: the subject's ``read`` of the contexts, the contexts' ``tails``, the soft
-            ``text`` of a decode, its ``rebuild``, sampled ``rollouts``, the ``reference`` (the verbalizer as the training found it, kept
-            where such a term ever has a weight).
+        needs: which of :data:`NEEDS` it asks its pass for: the subject's ``read`` of the contexts, the contexts' ``tails``, the ``given``
+            texts of the batch, the soft ``text`` of a decode, its ``rebuild``, sampled ``rollouts``, the ``reference``
+            (the verbalizer as the training found it, kept where such a term ever has a weight).
         free: is it measured at weight 0 too, where other terms need the same?
         trains_text: does its gradient go through the soft text into the verbalizer?
         draws: how many rollouts of each activation it wants.
@@ -97,6 +97,13 @@ class Pass:
         """The contexts' tails as explanations ``[B, W]``, in their order, and the tokens of each ``[B]``; None: all."""
         return self.lens.tails(self.batch)
 
+    @property
+    def given(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The given texts as explanations ``[B, W]``, the tokens of each ``[B]``, and the tokens' weights ``[B, W]``; None: 1."""
+        if "text_ids" not in self.batch:
+            raise ValueError("a term wants given texts, and the batch has none; the loader joins those of given.path")
+        return self.batch["text_ids"], self.batch["text_length"], self.batch.get("text_weight")
+
     @cached_property
     def text(self) -> Text:
         """A soft text per row, decoded with the step's noise; with gradient where a term trains it."""
@@ -158,6 +165,9 @@ class Objective:
     def __call__(self, lens: ConsistencyLens, batch: Batch, at: Step, rollouts: Rollouts | None = None) -> dict[str, Tensor]:
         """The ``loss`` of a micro-batch and, detached, every term that was computed.
 
+        A lens that is measured, not trained, leaves out the terms on given texts where the batch has none; without other terms there
+        is no loss then.
+
         Raises:
             ConfigError: every weight is 0 at this step.
         """
@@ -165,9 +175,13 @@ class Objective:
         asked = [term for term in self.terms if weights[term.name]]
         if not asked:
             raise ConfigError(f"every weight of the loss is 0 at optimizer step {at.update}; let a schedule end above 0")
+        if "text_ids" not in batch and not lens.training:
+            asked = [term for term in asked if "given" not in term.needs]
+            if not asked:
+                return {}
         needs = frozenset().union(*(term.needs for term in asked))
         made = Pass(lens, batch, at, asked, rollouts)
-        values = {term.name: term(made) for term in self.terms if weights[term.name] or (term.free and term.needs <= needs)}
+        values = {term.name: term(made) for term in self.terms if term in asked or (term.free and term.needs <= needs)}
         return {"loss": weighted_sum(values, weights)} | {name: value.detach() for name, value in values.items()}
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Terms on given texts, teacher-forced: the context's tail as what the verbalizer shall say and the reconstructor shall read."""
+"""Terms on texts that are there already, teacher-forced: what the verbalizer shall say and the reconstructor shall read.
+
+The context's own tail, which costs nothing, or texts of a file (:mod:`megalens.data.texts`).
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,26 @@ class TailRead(Term):
     def __call__(self, made: Pass) -> Tensor:
         ids_BW, lengths_B = made.tails
         return relative_mse(made.activation_BD, made.lens.reconstructor(made.lens.subject.lm.embed(ids_BW), lengths_B))
+
+
+class Say(Term):
+    """Cross-entropy of the verbalizer on a given text, its tags and its end, in nats: the mean over rows of each one's weighted mean."""
+
+    name, needs = "say", frozenset({"given"})
+
+    def __call__(self, made: Pass) -> Tensor:
+        words_BW, lengths_B, weight_BW = made.given
+        frame = made.lens.frame
+        ids_BT, _ = frame.put(words_BW, lengths_B)
+        log_prob_BT = made.lens.verbalizer.log_prob_of(made.activation_BD, ids_BT)
+        return -token_mean(log_prob_BT, frame.counted(lengths_B, ids_BT.shape[1], weight_BW))
+
+
+class Read(Term):
+    """Relative squared error of the reconstructor reading a given text, without its tags."""
+
+    name, needs = "read", frozenset({"given"})
+
+    def __call__(self, made: Pass) -> Tensor:
+        words_BW, lengths_B, _ = made.given
+        return relative_mse(made.activation_BD, made.lens.reconstructor(made.lens.subject.lm.embed(words_BW), lengths_B))

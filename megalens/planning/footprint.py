@@ -188,7 +188,10 @@ def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
     ids = torch.zeros(samples, config.activation_dumper.seq_len, dtype=torch.long, device="meta")
     row = torch.zeros(samples, dtype=torch.long, device="meta")
     activation = torch.zeros(samples, lens.subject.d, device="meta")
-    return Batch(activation=activation, input_ids=ids, position=row, sample_id=row, doc_id=row)
+    batch = Batch(activation=activation, input_ids=ids, position=row, sample_id=row, doc_id=row)
+    if config.given.path is not None:
+        batch["text_ids"], batch["text_length"] = row[:, None].expand(-1, lens.frame.room), row
+    return batch
 
 
 def take_step(lens: ConsistencyLens, batch: Batch) -> None:
