@@ -41,10 +41,10 @@ def share(batch, engine):
     return {name: value[engine.rank * rows : (engine.rank + 1) * rows] for name, value in batch.items()}
 
 
-def step(engine, update):
+def step(engine, update, resting=None):
     spoil = [0.0] * 7 + [math.nan if update == SPOILT else 0.0]  # only the last rank sees it
     batches = [make_batch(2 * update + i, 8) | {"spoil": torch.tensor(spoil)} for i in range(2)]
-    engine.set_rates(dict.fromkeys(GROUPS, 0.005))
+    engine.set_rates({group: 0.0 if group == resting else 0.005 for group in GROUPS})
     return engine.train_step([share(batch, engine) for batch in batches], At(update))
 
 
@@ -68,6 +68,28 @@ def go_on(stage, dtype, folder, weights):
     engine = make_engine(stage, dtype, weights)
     engine.load_state(OptimizerState(folder))
     return finish(engine, [step(engine, update) for update in range(3, 6)])
+
+
+def rest(stage, folder):
+    """Two updates while the head rests and one more with it; what the optimizer has of it before, and its state for :func:`wake`."""
+    engine = make_engine(stage, "fp32")
+    start = engine.full_state(NAMES)
+    metrics = [step(engine, update, "head") for update in range(2)]
+    saved = engine.full_state(NAMES)
+    part = engine.optimizer_part()
+    part.write(folder, "resting")
+    moved = {name: not torch.equal(saved[name], start[name]) for name in saved}
+    of_head = {key: value.abs().sum().item() for key, value in part.tensors.items() if "head" in key}
+    taken = {name: engine.steps_taken(name) for name in NAMES}
+    seen = finish(engine, [*metrics, step(engine, 2)])
+    return seen | {"moved": moved, "of_head": of_head, "taken": taken}, saved
+
+
+def wake(stage, folder, weights):
+    """The third update of :func:`rest`, from what another engine saved."""
+    engine = make_engine(stage, "fp32", weights)
+    engine.load_state(OptimizerState(folder, stem="resting"))
+    return finish(engine, [step(engine, 2)])
 
 
 def finish(engine, metrics):
@@ -94,6 +116,11 @@ def main(folder: Path) -> None:
                     torch.distributed.broadcast_object_list(weights)
                 following = STAGES[(STAGES.index(stage) + 1) % len(STAGES)]
                 seen[f"{stage} then {following}"] = go_on(following, dtype, place, weights[0])
+                seen[f"rest {stage}"], weights = rest(stage, place)
+                weights = [weights]
+                if world > 1:
+                    torch.distributed.broadcast_object_list(weights)
+                seen[f"{stage} woken by {following}"] = wake(following, place, weights[0])
     if rank == 0:
         (folder / f"seen-{world}.json").write_text(json.dumps(seen))
     leave_ranks()

@@ -125,7 +125,7 @@ def test_bf16_module_is_moved_through_float32_masters():
 
 def test_gradients_of_bf16_micro_batches_are_summed_in_float32():
     engine = make_engine(torch.bfloat16, grad_clip=0.0)
-    engine.set_rates(dict.fromkeys(GROUPS, 0.0))
+    engine.set_rates(dict.fromkeys(GROUPS, 1e-9))
     engine.train_step([make_batch(i) for i in range(8)], At(1))
     single = [copy.deepcopy(FakeLens(torch.bfloat16)) for _ in range(8)]
     for i, module in enumerate(single):
@@ -242,7 +242,7 @@ ENGINES = ["None", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(tmp_path_factory):
     """Six updates of one process, by dtype."""
     import engine_ranks
 
@@ -250,6 +250,7 @@ def alone():
     for dtype in ("fp32", "bf16"):
         engine = engine_ranks.make_engine(None, dtype)
         result[dtype] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(6)])
+    result["rest"], _ = engine_ranks.rest(None, tmp_path_factory.mktemp("resting"))
     engine = engine_ranks.make_engine(None, "fp32", optimizer="sgd")
     result["sgd"] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(4)])
     return result
@@ -293,6 +294,28 @@ def test_bf16_on_two_ranks_trains_as_one_process_does(alone, together, engine):
 def test_what_one_engine_saved_another_goes_on_from(alone, together, engine):
     following = ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
     assert_same_training(together[f"{engine} then {following}"], alone["fp32"], 1e-5, last=3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resting_group_is_as_if_it_were_not_there_and_starts_anew_when_it_wakes(alone, together, engine):
+    """No weight decay, no moment, no step of the optimizer, no part in the gradient's norm; also from where another engine stopped."""
+    for seen in (alone["rest"], together[f"rest {engine}"]):
+        assert seen["moved"] == {"prompt": True, "head.weight": False, "head.bias": False, "adapter.weight": True}
+        assert set(seen["of_head"].values()) == {0.0}
+        assert {"step.head.weight", "exp_avg.head.bias"} <= seen["of_head"].keys()
+        assert seen["taken"] == {"prompt": 2, "head.weight": 0, "head.bias": 0, "adapter.weight": 2}
+    assert_same_training(together[f"rest {engine}"], alone["rest"], 1e-5)
+    following = ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
+    assert_same_training(together[f"{engine} woken by {following}"], alone["rest"], 1e-5, last=1)
+
+
+def test_the_gradient_of_a_resting_group_is_not_in_the_norm_and_need_not_be_finite():
+    engine = make_engine(grad_clip=0.0)
+    engine.set_rates(dict.fromkeys(GROUPS, 0.0) | {"prompt": 0.01})
+    norm = engine.train_step([make_batch(1)], At(1))["grad_norm"]
+    assert norm == pytest.approx(engine.gradients["prompt"].norm().item(), rel=1e-6)
+    engine.parameters["adapter.weight"].register_hook(lambda gradient: gradient * float("nan"))
+    assert engine.train_step([make_batch(1)], At(1))["skipped"] == 0
 
 
 def test_stage_0_shards_nothing_and_is_the_local_engine(tmp_path):

@@ -93,6 +93,7 @@ def test_the_warm_start_named_by_init_from_runs_first(checkout):
 
 def test_settings_of_data_and_lens_reach_the_warm_start_and_those_of_the_training_do_not(checkout):
     shared = ["t_text=3", "dataset.min_words=7", "engine=auto", "fsdp.gather_gb=1", "on_the_fly=true", "mix=[]"]
+    shared += ["verbalizer.mode=full", "reconstructor.mode=frozen", "verbalizer.lora.r=3"]
     settings = [*shared, "learning_rate=1e-5", "run_name=other", "seed=1"]
     warm, final = phases_of(["config=conf/tiny_from_warmstart.yaml", *settings, "--deepspeed", "z1.json"])
     assert final.arguments[1:] == [*settings, "deepspeed=z1.json"]

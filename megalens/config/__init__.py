@@ -12,6 +12,7 @@ from megalens.config.roles import (
     Reconstructor,
     ReconstructorRates,
     Reference,
+    RoleLora,
     Verbalizer,
     VerbalizerRates,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Reconstructor",
     "ReconstructorRates",
     "Reference",
+    "RoleLora",
     "Rollouts",
     "Schedule",
     "Validation",

@@ -12,8 +12,23 @@ class Lora:
     """LoRA adapters (train_mode lora)."""
 
     r: int = setting(64, "rank")
-    alpha: float = setting(64.0, "scale; the update is alpha / r times B A")
+    alpha: float = setting(64.0, "scale; the update is alpha / r times B A, or alpha / sqrt(r) with rslora")
+    rslora: bool = setting(False, "divide by sqrt(r): the update keeps its size as the rank grows (rank-stabilised LoRA)")
     dropout: float = setting(0.0, "dropout on the adapter's input")
+    targets: list[str] = setting(
+        [], "last parts of the names of the layers that are adapted, e.g. [q_proj,v_proj]; empty: every linear layer"
+    )
+
+
+@dataclass
+class RoleLora:
+    """What a role's adapters have other than ``lora`` says."""
+
+    r: int | None = setting(None, "rank; null: as lora.r")
+    alpha: float | None = setting(None, "scale; null: as lora.alpha")
+    rslora: bool | None = setting(None, "alpha / sqrt(r); null: as lora.rslora")
+    dropout: float | None = setting(None, "dropout; null: as lora.dropout")
+    targets: list[str] = setting([], "layers; empty: as lora.targets")
 
 
 @dataclass
@@ -43,6 +58,7 @@ class Verbalizer:
         None, "rollouts are judged by their first tokens only, from so many to t_text, drawn once per activation and step; null: by all"
     )
     mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
+    lora: RoleLora = setting(RoleLora(), "its adapters, where they differ from lora")
     trainable_prompt: bool = setting(True, "train the prompt's embeddings")
     checkpoint_every_n_tokens: int | None = setting(
         None, "keep only every n-th token's state of a decode and compute the rest again in the backward (less memory, more time)"
@@ -56,6 +72,7 @@ class Reconstructor:
     prompt: str = setting("The text ends with:", "what stands before the explanation")
     suffix: str = setting("", "what stands behind it; the last position is read")
     mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
+    lora: RoleLora = setting(RoleLora(), "its adapters, where they differ from lora")
     trainable_prompt: bool = setting(True, "train the prompt's and suffix's embeddings")
 
 

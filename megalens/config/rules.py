@@ -33,6 +33,8 @@ POSITIVE_OR_NULL = (
     "dataset.max_documents",
     "pretokenize.num_proc",
     "verbalizer.checkpoint_every_n_tokens",
+    "verbalizer.lora.r",
+    "reconstructor.lora.r",
     "verbalizer.shortest_prefix",
     "fsdp.shard_ranks",
     "rollouts.at_once",
@@ -132,7 +134,8 @@ def _check_numbers(config: Config) -> None:
     for key in NOT_NEGATIVE:
         _require(_get(config, key) >= 0, f"{key}={_get(config, key)} must not be negative")
     _require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), f"betas={config.betas} must be two numbers in [0, 1)")
-    _require(0 <= config.lora.dropout < 1, f"lora.dropout={config.lora.dropout} must lie in [0, 1)")
+    for key in ("lora.dropout", "verbalizer.lora.dropout", "reconstructor.lora.dropout"):
+        _require(0 <= (_get(config, key) or 0) < 1, f"{key}={_get(config, key)} must lie in [0, 1)")
     _require(0 < config.rollouts.top_p <= 1, f"rollouts.top_p={config.rollouts.top_p} must lie in (0, 1]")
     _require(0 < config.dataset.val_fraction < 1, f"dataset.val_fraction={config.dataset.val_fraction} must lie between 0 and 1")
     _require(

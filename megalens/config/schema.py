@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,11 @@ class Config(WithWeights):
     def mode_of(self, role: str) -> str:
         """What of the base is trained for a role (``verbalizer`` or ``reconstructor``): its own ``mode``, or else ``train_mode``."""
         return getattr(self, role).mode or self.train_mode
+
+    def lora_of(self, role: str) -> Lora:
+        """The adapters of a role (``verbalizer`` or ``reconstructor``): ``lora`` with what the role's own section changes."""
+        own = {key: value for key, value in dataclasses.asdict(getattr(self, role).lora).items() if value not in (None, [])}
+        return dataclasses.replace(self.lora, **own)
 
     @property
     def run_dir(self) -> Path:

@@ -43,6 +43,8 @@ class Engine(Ranks, ABC):
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
         self.moments = MOMENTS[config.optimizer]
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
+        self._group_of = {name: group for group, members in groups.items() for name in members}
+        self.resting: set[str] = set()  # names of the trained parameters whose rate is 0 now
         if not self.parameters:
             raise EngineError("nothing is trained: in train_mode=frozen keep verbalizer.trainable_prompt or the projections trainable")
 
@@ -72,8 +74,8 @@ class Engine(Ranks, ABC):
         """A parameter (float32 where it is trained), or what the optimizer keeps for it, whole. Call it on all ranks."""
 
     @abstractmethod
-    def steps_taken(self) -> float:
-        """Steps that the optimizer counts; 0 where it counts none."""
+    def steps_taken(self, name: str) -> float:
+        """Steps that the optimizer counts for a trained parameter; 0 where it counts none."""
 
     @abstractmethod
     def load_state(self, saved: OptimizerState) -> None:
@@ -88,10 +90,12 @@ class Engine(Ranks, ABC):
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Set the learning rate of each of the module's groups; until then it is ``config.learning_rate``.
 
-        A group at rate 0 stays as it is. Its gradient is taken all the same: it counts in the gradient's norm, and moments follow it.
+        A group at rate 0 rests: its weights, moments and steps stay as they are, whatever the weight decay, and its gradient neither
+        counts in the gradient's norm nor has to be finite.
         """
         for group in self.optimizer_groups:
             group["lr"] = rates[group["name"]]
+        self.resting = {name for name, group in self._group_of.items() if rates[group] == 0}
 
     @torch.no_grad()
     def sample(self, batches: Sequence[Batch], at: Any) -> list[Any] | None:
@@ -120,7 +124,12 @@ class Engine(Ranks, ABC):
     def optimizer_part(self) -> Part:
         """This rank's share of the optimizer's state. Call it on all ranks."""
         part = self._part({f"{moment}.{name}": (name, moment) for moment in self.moments for name in self.parameters})
-        return dataclasses.replace(part, tensors=part.tensors | ({"step": torch.tensor(self.steps_taken())} if self.is_main else {}))
+        if not self.is_main:
+            return part
+        taken = {name: self.steps_taken(name) for name in self.parameters}
+        steps = {"step": max(taken.values())}
+        steps |= {f"step.{name}": count for name, count in taken.items() if count != steps["step"]}  # of what has rested
+        return dataclasses.replace(part, tensors=part.tensors | {key: torch.tensor(count) for key, count in steps.items()})
 
     def _part(self, wanted: dict[str, tuple[str, str | None]]) -> Part:
         owner, count = owners({key: 4 * math.prod(self.shapes[name]) for key, (name, _) in wanted.items()}, self.world_size)
@@ -185,11 +194,28 @@ def optimizer_groups(config: Config, groups: Groups) -> list[dict]:
 
 
 def build_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` asks for, over parameter groups."""
+    """The optimizer that ``config`` asks for, over parameter groups. It takes no notice of a group while its rate is 0."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, fused=fused)
-    beta_1, beta_2 = config.betas
-    return torch.optim.AdamW(groups, betas=(beta_1, beta_2), fused=fused)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=config.learning_rate, fused=fused)
+    else:
+        beta_1, beta_2 = config.betas
+        optimizer = torch.optim.AdamW(groups, betas=(beta_1, beta_2), fused=fused)
+    aside: list[tuple[Tensor, Tensor | None]] = []
+
+    def put_aside(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["lr"] == 0 else ():
+                aside.append((parameter, parameter.grad))
+                parameter.grad = None  # what has no gradient, the optimizer passes over
+
+    def put_back(*_: Any) -> None:
+        while aside:
+            parameter, gradient = aside.pop()
+            parameter.grad = gradient
+
+    optimizer.register_step_pre_hook(put_aside)
+    optimizer.register_step_post_hook(put_back)
+    return optimizer
 
 
 def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:

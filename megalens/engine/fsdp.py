@@ -75,6 +75,8 @@ class FsdpEngine(Engine):
         self._reshard()
         metrics = self.reduce_mean({name: value.item() for name, value in means.items()})
         gradients = {name: self._take_gradient(name) for name in self.masters}
+        for name in self.resting:
+            gradients[name].zero_()
         self._agree(gradients)
         norm = self._norm(gradients)
         finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
@@ -106,8 +108,9 @@ class FsdpEngine(Engine):
             local, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
         ).full_tensor()
 
-    def steps_taken(self) -> float:
-        return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
+    def steps_taken(self, name: str) -> float:
+        state = self.optimizer.state.get(self.masters[name], {})
+        return float(state.get("step", 0.0))
 
     def load_state(self, saved: OptimizerState) -> None:
         saved.expect(self.moments, {name: self.shapes[name] for name in self.masters})
@@ -116,7 +119,7 @@ class FsdpEngine(Engine):
             shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
             place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
             moments = {key: value.to(master.device) for key, value in saved.moments(name, place).items()}
-            self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=master.device), **moments}
+            self.optimizer.state[master] = {"step": torch.tensor(saved.steps_taken(name), device=master.device), **moments}
 
     def _widen(self, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
         """Make trained parameters float32, with the same values on every rank."""

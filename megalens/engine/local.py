@@ -49,6 +49,8 @@ class LocalEngine(Engine):
         metrics = self.reduce_mean({name: value.item() for name, value in means.items()})
         self._sum(self.gradient)
         self.gradient /= self.world_size
+        for name in self.resting:
+            self.gradients[name].zero_()
         norm = self._norm()
         finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
         if finite:
@@ -82,14 +84,15 @@ class LocalEngine(Engine):
         state = self.optimizer.state.get(self.masters[name])
         return state[moment] if state else torch.zeros(self.shapes[name])
 
-    def steps_taken(self) -> float:
-        return next((state["step"].item() for state in self.optimizer.state.values() if "step" in state), 0.0)
+    def steps_taken(self, name: str) -> float:
+        state = self.optimizer.state.get(self.masters[name], {})
+        return float(state.get("step", 0.0))
 
     def load_state(self, saved: OptimizerState) -> None:
         saved.expect(self.moments, {name: self.shapes[name] for name in self.masters})
         for name, master in self.masters.items() if self.moments else ():
             moments = {key: value.to(self.device) for key, value in saved.moments(name).items()}
-            self.optimizer.state[master] = {"step": torch.tensor(saved.step, device=self.device), **moments}
+            self.optimizer.state[master] = {"step": torch.tensor(saved.steps_taken(name), device=self.device), **moments}
 
     def _same_start(self) -> None:
         """Rank 0's values on every rank, and the module's own parameters rounded from the masters."""

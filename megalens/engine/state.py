@@ -5,7 +5,8 @@ are such files, ``<stem>-00001-of-00004.safetensors`` and so on, so that no rank
 of ranks of any engine reads it back, one tensor at a time.
 
 A parameter's weight lies under its name on disk, what the optimizer keeps for it under ``<moment>.<name>``. Engines call parameters as the
-module does; whoever writes or reads says what each is called on disk.
+module does; whoever writes or reads says what each is called on disk. ``step`` counts the optimizer's steps, ``step.<name>`` those of a
+parameter that has rested for some.
 """
 
 from __future__ import annotations
@@ -92,16 +93,17 @@ class OptimizerState:
     Args:
         folder: where it lies.
         names: what each parameter is called on disk, by its name in the module; None: the same.
+        stem: of its files.
 
     Raises:
         EngineError: it is unreadable.
     """
 
-    def __init__(self, folder: Path, names: dict[str, str] | None = None):
+    def __init__(self, folder: Path, names: dict[str, str] | None = None, stem: str = "optimizer"):
         self.folder, self._names = folder, names or {}
         self._files: dict[str, Any] = {}  # the open file that holds each tensor
         try:
-            for path in part_files(folder, "optimizer"):
+            for path in part_files(folder, stem):
                 file = safe_open(str(path), "pt")
                 self._files |= dict.fromkeys(file.keys(), file)
         except (SafetensorError, OSError) as error:
@@ -119,16 +121,18 @@ class OptimizerState:
             EngineError: it is of another optimizer or other parameters.
         """
         wanted = {"step": ()} | {self._key(moment, name): tuple(shape) for moment in moments for name, shape in shapes.items()}
-        found = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._files.items()}
+        rested = {self._key("step", name) for name in shapes}
+        found = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._files.items() if key not in rested}
         wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         if wrong:
             what = f"{self.folder} is of another optimizer or other parameters ({wrong[0]})"
             raise EngineError(f"{what}; start anew with checkpoint.resume=false")
 
-    @property
-    def step(self) -> float:
-        """Steps that the optimizer had counted."""
-        return self._files["step"].get_tensor("step").item()
+    def steps_taken(self, name: str) -> float:
+        """Steps that the optimizer had counted for a parameter (called as in the module)."""
+        key = self._key("step", name)
+        key = key if key in self._files else "step"
+        return self._files[key].get_tensor(key).item()
 
     def moments(self, name: str, place: tuple[slice, ...] = ()) -> dict[str, Tensor]:
         """What the optimizer keeps for a parameter (called as in the module), or for a part of it."""

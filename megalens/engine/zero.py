@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class ZeroEngine(Engine):
         )
         self.device = self.engine.device
         self._share_float32_shards()
+        for name, parameter in self.parameters.items():  # here, because DeepSpeed takes the norm of whatever gradient comes
+            parameter.register_hook(lambda gradient, name=name: torch.zeros_like(gradient) if name in self.resting else gradient)
         for name in self.parameters.keys() & weights.keys():
             self._set(name, weights[name], None)
 
@@ -81,7 +84,7 @@ class ZeroEngine(Engine):
                 return parameter.detach().clone()
         if moment is None:
             return safe_get_full_fp32_param(self.parameters[name])
-        if not self.steps_taken():
+        if not self.steps_taken(name):
             return torch.zeros(self.shapes[name])
         return safe_get_full_optimizer_state(self.parameters[name], moment)
 
@@ -89,16 +92,18 @@ class ZeroEngine(Engine):
         self._link_moments()
         return super().optimizer_part()
 
-    def steps_taken(self) -> float:
-        return next((float(state["step"]) for state in self._optimizer.state.values() if "step" in state), 0.0)
+    def steps_taken(self, name: str) -> float:
+        state = self._optimizer.state.get(self._partitions()[self._partition_of[name]], {})
+        return float(state.get("step", 0.0))
 
     def load_state(self, saved: OptimizerState) -> None:
         saved.expect(self.moments, {name: self.shapes[name] for name in self.parameters})
         if not self.moments:
             return
-        for partition in self._partitions():
-            zeros = {key: torch.zeros_like(partition.data) for key in self.moments}
-            self._optimizer.state[partition] = {"step": torch.tensor(saved.step), **zeros}
+        partitions = self._partitions()
+        for name, index in self._partition_of.items():  # those of one partition have taken the same steps
+            zeros = {key: torch.zeros_like(partitions[index].data) for key in self.moments}
+            self._optimizer.state[partitions[index]] = {"step": torch.tensor(saved.steps_taken(name)), **zeros}
         self._link_moments()
         for name in self.parameters:
             for key, value in saved.moments(name).items():
@@ -124,6 +129,14 @@ class ZeroEngine(Engine):
                 return getattr(self.sharded, attribute)
         raise TypeError(f"{type(self.sharded).__name__} of this DeepSpeed keeps its partitions elsewhere")
 
+    @cached_property
+    def _partition_of(self) -> dict[str, int]:
+        """The partition that holds each trained parameter's share. All of a partition are of one group of the optimizer."""
+        name_of = {parameter: name for name, parameter in self.parameters.items()}
+        kept_as = ("fp16_groups", "bit16_groups", "bf16_groups")  # by stage 3, by stages 1 and 2, by stage 1 in bf16
+        members = next(getattr(self.sharded, attribute) for attribute in kept_as if hasattr(self.sharded, attribute))
+        return {name_of[parameter]: index for index, group in enumerate(members) for parameter in group}
+
     def _share_float32_shards(self) -> None:
         """Let stage 3 step on its float32 shards themselves. It copies them, because it compares a device with a device's name."""
         for partition, shard in zip(self._partitions(), self.sharded.fp16_partitioned_groups_flat, strict=True) if self._is_stage_3 else ():
@@ -140,7 +153,7 @@ class ZeroEngine(Engine):
 
     def _link_moments(self) -> None:
         """Let stages 1 and 2 look up each parameter's moments again. They do so once, when only the first group has any."""
-        if not self._is_stage_3 and self.steps_taken():
+        if not self._is_stage_3 and any(self.steps_taken(name) for name in self.parameters):
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()
 

@@ -10,16 +10,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from megalens.config import Lora
+from megalens.config import ConfigError, Lora
 from megalens.families.causal_lm import CausalLM
 
 
 def add_adapter(lm: CausalLM, name: str, blocks: range, lora: Lora, seed: int) -> dict[str, nn.Parameter]:
-    """Put LoRA adapters called ``name`` on every linear layer of ``blocks``; they work only inside :func:`adapter`.
+    """Put LoRA adapters called ``name`` on the linear layers of ``blocks`` that ``lora`` names; they work only inside :func:`adapter`.
 
     Where a layer has no weights yet (it is on the meta device), neither have its adapters: they start as :func:`adapter_start` says.
 
     Returns the new, trainable parameters by their name within ``lm``; the trainability of all others stays as it was.
+
+    Raises:
+        ConfigError: a target is no linear layer there.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -31,8 +34,9 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora: Lora, seed: int) -
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and takes any number
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
-        target_modules=sorted({p.removesuffix(".base_layer") for p in linear}),
+        target_modules=_targets(sorted({p.removesuffix(".base_layer") for p in linear}), lora.targets),
     )
     trainable = {n for n, p in lm.named_parameters() if p.requires_grad}
     with warnings.catch_warnings():  # peft warns of a second adapter, and of GPT-2's transposed layers: both are meant
@@ -47,6 +51,15 @@ def add_adapter(lm: CausalLM, name: str, blocks: range, lora: Lora, seed: int) -
     for layer in lm.adapted:
         layer._active_adapter = []
     return added
+
+
+def _targets(linear: list[str], wanted: list[str]) -> list[str]:
+    """Those of some layers whose paths end in one of the wanted names; all where none is named."""
+    for name in wanted:
+        if not any(f".{path}".endswith(f".{name}") for path in linear):
+            there = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+            raise ConfigError(f"lora.targets: no linear layer of the adapted blocks is called {name}; there are {there}")
+    return [path for path in linear if not wanted or any(f".{path}".endswith(f".{name}") for name in wanted)]
 
 
 def without_adapters(module: nn.Module) -> nn.Module:

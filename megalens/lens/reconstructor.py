@@ -45,7 +45,8 @@ class Reconstructor(nn.Module):
         trained = range(self.last)
         self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
         self.adapter = "reconstructor" if mode == "lora" else None
-        self.adapter_parameters = add_adapter(lm, self.adapter, trained, config.lora, config.seed) if self.adapter else {}
+        lora = config.lora_of("reconstructor")
+        self.adapter_parameters = add_adapter(lm, self.adapter, trained, lora, config.seed) if self.adapter else {}
 
     def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Rebuild activations ``[B, D]`` (float32) from text embeddings, right-padded to T.

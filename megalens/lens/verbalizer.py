@@ -163,7 +163,7 @@ class Verbalizer(nn.Module):
         if self.own_norm is not None:
             self.own_norm.requires_grad_(True)
         self.adapter = (frozen_as or "verbalizer") if mode == "lora" and len(trained) else None
-        lora = replace(config.lora, dropout=0.0) if frozen_as else config.lora
+        lora = replace(config.lora_of("verbalizer"), dropout=0.0) if frozen_as else config.lora_of("verbalizer")
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, lora, config.seed) if self.adapter else {}
         if frozen_as:
             for parameter in (*self.parameters(), *self.adapter_parameters.values()):

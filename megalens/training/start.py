@@ -17,7 +17,15 @@ from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import check_checkpoint, read_json
-from megalens.checkpoint.formats.megalens import check_subject, read_about, read_reference, read_standard, read_statistics, read_weights
+from megalens.checkpoint.formats.megalens import (
+    check_subject,
+    read_about,
+    read_config,
+    read_reference,
+    read_standard,
+    read_statistics,
+    read_weights,
+)
 from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
 from megalens.data.loader import ActivationLoader
@@ -225,7 +233,28 @@ def _initialised(config: Config, fingerprint: str, loader: ActivationLoader) -> 
     layer = about["subject"]["layer_l"]
     if layer != config.layer_l:
         raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={layer}, not of layer_l={config.layer_l}")
+    _check_adapters(config, folder)
     return Start(Progress(), loader.statistics, read_standard(folder), read_weights(folder), where=str(folder))
+
+
+def _check_adapters(config: Config, folder: Path) -> None:
+    """A lens goes on with the adapters that it has: of their rank and layers, and scaled as they were.
+
+    Raises:
+        CheckpointError: a role's adapters are to be others here.
+    """
+    given = read_config(folder)
+    for role in ("verbalizer", "reconstructor"):
+        if (was := given.mode_of(role)) != config.mode_of(role):
+            raise CheckpointError(f"init_from={folder} has {role}.mode={was}, not {config.mode_of(role)}; set {role}.mode={was}")
+        theirs, mine = (dataclasses.asdict(each.lora_of(role)) for each in (given, config))
+        other = [key for key in ("r", "alpha", "rslora", "targets") if theirs[key] != mine[key]]
+        if was == "lora" and other:
+            is_own = getattr(getattr(config, role).lora, other[0]) not in (None, [])
+            key = f"{role}.lora.{other[0]}" if is_own else f"lora.{other[0]}"
+            raise CheckpointError(
+                f"init_from={folder} goes on with its own adapters: set {key}={theirs[other[0]]} (here it is {mine[other[0]]})"
+            )
 
 
 def source_folder(config: Config) -> Path:
