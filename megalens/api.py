@@ -104,11 +104,11 @@ class Lens:
             text: any text that fits the subject's window. Names of special tokens in it are plain text.
             batch_size: positions at a time.
             search: how explanations are chosen (:mod:`megalens.explain.search`): ``greedy``, or e.g. ``best_of:8``, the one of eight
-                from which the lens rebuilds the activation best.
+                from which the lens rebuilds the activation best, or ``best_of:8+swaps``.
             positions: the tokens to explain, in this order, from 0 or, below 0, from the end; None: all.
 
         Returns:
-            ``token``, ``explanation``, ``fve`` and ``search`` of each token (:class:`~megalens.evaluate.tokens.TokenExplanation`).
+            ``token``, ``explanation``, ``fve``, ``search``, ``reads`` of each token (:class:`~megalens.evaluate.tokens.TokenExplanation`).
 
         Raises:
             EvaluationError: the text is empty, no UTF-8 or too long, a position is not in it, or there is no such search.

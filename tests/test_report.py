@@ -11,8 +11,10 @@ from saved_lens import make_run
 
 from megalens import cli
 from megalens.commands import eval as tool
+from megalens.evaluate import table as table_module
 from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import shade
+from megalens.evaluate.compare import Comparison
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.report import curves, render
 from megalens.evaluate.table import examples
@@ -68,7 +70,9 @@ def evil():
     numbers = {"layer_l": 1, "t_text": 3, "rows": 2, "documents": 2, "min_pos": 1, "seq_len": 4, "bootstrap": 0, "search": "best of 8"}
     example = {"context": EVIL, "explanation": EVIL, "fve": 0.3, "position": 3, "doc_id": 1}
     tokens = [{"token": EVIL, "explanation": EVIL, "fve": fve} for fve in (-200.0, 0.5, -0.2, 1.0, 0.0)]
-    return Result(setting | numbers, figures, 0.9, [example], [{"doc_id": 1, "tokens": tokens}])
+    searched = figures["lens"] | {"copied_tokens": 1.0, "reads": 8.0, "said": 24.0, "roundtrip": 1.0}
+    comparison = Comparison(2, 2, EVIL, figures["copy"], {"best of 8": searched, EVIL: searched}, {"1": 0.5, "2": 0.4})
+    return Result(setting | numbers, figures, 0.9, comparison, [example], [{"doc_id": 1, "tokens": tokens}])
 
 
 def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys):
@@ -143,6 +147,31 @@ def test_another_search_is_named_beside_its_figures(checkpoint, monkeypatch, cap
     assert "best of 4" in (checkpoint.parent / "report.html").read_text()
     fve = {search: result["figures"]["lens"]["fve_nrm"] for search, result in found.items()}
     assert fve["best_of:4"] > fve["greedy"]
+
+
+def test_searches_are_compared_on_the_same_rows(checkpoint, monkeypatch, capsys):
+    settings = ["evaluation.search=greedy, best_of:3+swaps:1:4", "evaluation.search_rows=9", f"evaluation.other_reader={checkpoint}"]
+    assert run(monkeypatch, f"checkpoint={checkpoint}", "evaluation.report_documents=0", "evaluation.num_samples=20", *settings) == 0
+    printed, result = capsys.readouterr().out, json.loads((checkpoint.parent / "evaluation.json").read_text())
+    found, searched = result["comparison"], "best of 3 + 1 sweep of swaps, 4 tokens"
+    assert result["setting"]["rows"] == 20
+    assert (found["rows"], list(found["searches"])) == (9, ["greedy", searched])
+    greedy, best = found["searches"].values()
+    assert best["fve_nrm"] > greedy["fve_nrm"]
+    assert (greedy["reads"], greedy["said"]) == (0, 3)
+    assert 3 < best["reads"] < 3 + 3 * 4
+    for each in (found["copy"], greedy, best):  # the other reader is the lens itself here
+        assert each["other_reader"] == pytest.approx(each["fve_nrm"], abs=1e-5)
+    assert f" {best['reads']:.1f} " in printed
+    assert printed.count(searched) == 2
+    page = (checkpoint.parent / "report.html").read_text()
+    assert page.count(searched) == 2
+
+
+def test_what_is_printed_of_searches_is_theirs_alone(evil):
+    text = table_module.comparison(evil)
+    assert text.count("best of 8") == 2
+    assert "1: 0.500, 2: 0.400" in text
 
 
 def test_without_intervals_and_examples_neither_is_promised(checkpoint, monkeypatch, capsys):

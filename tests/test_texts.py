@@ -13,7 +13,7 @@ from megalens.evaluate.evaluation import evaluate, first_tokens
 from megalens.evaluate.measure import said
 from megalens.evaluate.table import by_length, table
 from megalens.evaluate.text import to_ids
-from megalens.explain.search import BestOf, Greedy
+from megalens.explain.search import Greedy, search_named
 from megalens.lens.prompts import prompts_of
 from megalens.lens.text import drawn, lengths_of, prefix_lengths, tail_ids
 from megalens.objective import build_lens
@@ -326,7 +326,7 @@ def test_one_lens_is_measured_at_several_lengths(measured):
 
 def test_the_best_of_several_keeps_what_is_known_of_each_text(measured):
     lens, rows, _, _ = measured
-    found = BestOf(3)(lens, rows.batch["activation"][:6], torch.arange(6))
+    found = search_named("best_of:3")(lens, rows.batch["activation"][:6], torch.arange(6))
     assert len(found.texts) == len(found.unfinished) == len(found.round_trips) == 6
 
 

@@ -5,7 +5,9 @@ usage: megalens eval checkpoint=outputs/<run>/best [key=value ...]
   checkpoint=FOLDER               the lens: outputs/<run>/best, last, or one of outputs/<run>/checkpoints/
   evaluation.num_samples=N        held-out rows (-1: all)
   evaluation.bootstrap=N          resamples of documents for the 95 % intervals (0: no intervals)
-  evaluation.search=best_of:K     of K explanations the one that is rebuilt best, in place of greedy
+  evaluation.search=S,S,...       how explanations are chosen, e.g. best_of:16+swaps (docs/search.md); after a comma, others to compare
+  evaluation.search_rows=N        held-out rows on which searches are compared (-1: all)
+  evaluation.other_reader=FOLDER  another lens that reads the compared texts too, in place of the untouched subject
   device=cpu|cuda dtype=bf16|fp32 where and how to compute
   trust_remote_code=true          run code that comes with the subject; a checkpoint never says so itself
 
@@ -20,12 +22,15 @@ from pathlib import Path
 from megalens.arguments import Arguments
 from megalens.checkpoint.checksums import read_json
 from megalens.checkpoint.formats import load_lens, read_config
+from megalens.config import Config
 from megalens.data.identity import model_identity
 from megalens.data.loader import ActivationLoader
 from megalens.evaluate import report
 from megalens.evaluate.evaluation import evaluate, training_statistics
-from megalens.evaluate.table import examples, table
-from megalens.explain.search import search_named
+from megalens.evaluate.readers import SUBJECT, Reader, other_lens
+from megalens.evaluate.table import comparison, examples, table
+from megalens.explain.search import searches_named
+from megalens.lens.lens import ConsistencyLens
 from megalens.training.track import read_curve
 
 
@@ -35,18 +40,28 @@ def main(arguments: list[str]) -> None:
     args, settings = parser.split(arguments)
     folder = args.checkpoint
     config = read_config(folder, settings)
-    search = search_named(config.evaluation.search)
+    search, *others = searches_named(config.evaluation.search)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
     loader.reader.check_matches(model_identity(config))
     loaded = load_lens(folder, **dataclasses.asdict(config))
     loader.reader.check_matches({"d": len(loaded.statistics.mean)})
     statistics, source = training_statistics(config, loaded)
-    result = evaluate(loaded.lens, loader, config, statistics, search)
+    reader = reader_named(config, loaded.lens)
+    result = evaluate(loaded.lens, loader, config, statistics, search, others=others, reader=reader)
     result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))
     written = f"written: {run / 'evaluation.json'} and {run / 'report.html'}"
-    print("\n" + "\n\n".join(filter(None, [table(result), examples(result), written])))
+    print("\n" + "\n\n".join(filter(None, [table(result), comparison(result), examples(result), written])))
+
+
+def reader_named(config: Config, lens: ConsistencyLens) -> Reader:
+    """The reader that ``evaluation.other_reader`` names: another lens, or the untouched subject."""
+    name = config.evaluation.other_reader
+    if name is None:
+        return SUBJECT
+    same = ("model_name", "tokenizer_name", "trust_remote_code", "device", "dtype")
+    return other_lens(load_lens(Path(name), **{key: getattr(config, key) for key in same}).lens, lens, name)
 
 
 def run_folder(checkpoint: Path) -> Path:

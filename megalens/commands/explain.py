@@ -6,10 +6,11 @@ usage: megalens explain checkpoint=outputs/<run>/best "any text" [--json] [--htm
        [device=cpu|cuda] [dtype=bf16|fp32] [trust_remote_code=true]
 
   "any text"   the text; - reads it from the standard input; write -- before a text that looks like an option or a setting
-  --json       print a JSON list of token, explanation, fve and search instead of a table
+  --json       print a JSON list of token, explanation, fve, search and reads instead of a table
   trust_remote_code=true  run code that comes with the subject; a checkpoint never says so itself
   --html FILE  also write a page with the tokens coloured by their FVE, the explanations on hover
-  search=S     how explanations are chosen: greedy (the default), or best_of:K, of K the one from which the lens rebuilds best
+  search=S     how explanations are chosen: greedy (the default); best_of:K, of K the one from which the lens rebuilds best;
+               best_of:K+swaps, then with other tokens in its places; docs/search.md has all
 
 A * marks positions outside those the lens was trained on (the first ones are attention sinks): read them with care.
 """
@@ -87,4 +88,6 @@ def as_table(tokens: list, trained: range, search: str) -> str:
     for at, each in enumerate(tokens):
         said = visible(each.explanation).strip() or "(nothing)"
         rows.append([visible(each.token) or "·", said, f"{each.fve:.2f}" + (" " if at in trained else "*")])
-    return align(rows, "><>")
+    table = align(rows, "><>")
+    reads = sum(each.reads for each in tokens) / len(tokens)
+    return f"{table}\n\n{search}: {reads:.1f} texts read for a token" if reads else table

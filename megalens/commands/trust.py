@@ -28,7 +28,7 @@ from megalens.evaluate.evaluation import training_statistics
 from megalens.evaluate.trust.knowledge import known_of
 from megalens.evaluate.trust.rows import trust_rows
 from megalens.evaluate.trust.suite import PARTS, keep, kept, run_parts, table
-from megalens.explain.search import search_named
+from megalens.explain.search import searches_named
 from megalens.files import checksum
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"parts={args.parts}: there is no part '{min(unknown)}'; there are: {', '.join(PARTS)}")
     folder = args.checkpoint
     config = read_config(folder, settings)
-    search = search_named(config.evaluation.search)
+    search, *_ = searches_named(config.evaluation.search)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
     loader.reader.check_matches(model_identity(config))
     loaded = load_lens(folder, **dataclasses.asdict(config))

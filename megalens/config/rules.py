@@ -39,7 +39,7 @@ POSITIVE_OR_NULL = (
     "fsdp.shard_ranks",
     "rollouts.at_once",
 )
-POSITIVE_OR_ALL = ("activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples")
+POSITIVE_OR_ALL = ("activation_dumper.num_samples", "activation_dumper.val_num_samples", "evaluation.num_samples", "evaluation.search_rows")
 NOT_NEGATIVE = (
     "loader_workers",
     "layer_l",

@@ -69,7 +69,13 @@ class Evaluation:
     num_samples: int = setting(-1, "held-out rows; -1: all")
     batch_size: int = setting(64, "rows at a time")
     bootstrap: int = setting(1000, "resamples of documents for the 95 % intervals; 0: no intervals")
-    search: str = setting("greedy", "how explanations are chosen: greedy | best_of:K, of K the one that is rebuilt best")
+    search: str = setting(
+        "greedy", "how explanations are chosen, e.g. greedy or best_of:16+swaps (docs/search.md); after a comma, others to compare with"
+    )
+    search_rows: int = setting(64, "held-out rows, the first, on which searches are compared; -1: all that are used")
+    other_reader: str | None = setting(
+        None, "checkpoint of another lens that reads the compared texts too; null: the untouched subject reads them"
+    )
     prefixes: list[int] = setting([], "measure the explanations' first tokens alone too, so many of them each, e.g. [1,2,4]")
     trust_rows: int = setting(384, "held-out rows on which figures of trust are taken (tools/trust.py)")
     examples: int = setting(12, "held-out examples printed")

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megalens.batch import Batch
-from megalens.data.pretokenize import encode
 from megalens.evaluate.measure import Rebuild, read_by_lens
-from megalens.evaluate.text import is_text, pad, to_texts
+from megalens.evaluate.readers import read_by_subject
+from megalens.evaluate.text import to_texts
 from megalens.lens.lens import ConsistencyLens
 
 
@@ -100,16 +100,6 @@ def _empty(given: Given) -> Rebuild:
 @source("mean", "mean activation")
 def _mean(given: Given) -> Rebuild:
     return _without_text(given.mean_D.expand_as(given.batch["activation"]))
-
-
-def read_by_subject(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
-    """The untouched subject's residual at the last token of each string; a BOS comes first where its tokenizer puts one."""
-    ids_BT, lengths_B = pad(encode(lens.tokenizer, texts))
-    failed_B = torch.tensor([not is_text(text) for text in texts]) | (lengths_B == 0)
-    resid_BTD = lens.subject.residual(ids_BT.to(lens.mean.device))
-    last_B = (lengths_B - 1).clamp_min(0).to(resid_BTD.device)
-    a_hat_BD = resid_BTD[torch.arange(len(texts), device=resid_BTD.device), last_B].float()
-    return Rebuild(a_hat_BD, failed_B.to(a_hat_BD.device))
 
 
 def context_tails(tokenizer: PreTrainedTokenizerBase, input_ids_BC: Tensor, position_B: Tensor, count_B: Tensor) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -20,8 +21,10 @@ from megalens.data.source import mixture
 from megalens.device import resolve_dtype
 from megalens.engine.base import to_device
 from megalens.evaluate.baselines import SOURCES, Given, partners
+from megalens.evaluate.compare import Comparison, compare
 from megalens.evaluate.measure import RowScorer, Said, Search
 from megalens.evaluate.metrics import figures, join, row_fve
+from megalens.evaluate.readers import SUBJECT, Reader
 from megalens.evaluate.text import pad, to_ids, to_texts
 from megalens.evaluate.tokens import explain_ids
 from megalens.lens.lens import ConsistencyLens
@@ -39,6 +42,7 @@ class Result:
         setting: on what: model, layer, explanation length, search, rows, documents, ...
         figures: ``{source: {figure: value}}``; sources as in :data:`megalens.evaluate.baselines.SOURCES`, figures as in
             :mod:`megalens.evaluate.metrics`, each with its ``_low`` and ``_high``.
+        comparison: searches side by side on the first rows (:class:`megalens.evaluate.compare.Comparison`).
         roundtrip: share of the lens's explanations that are re-tokenised to the very tokens that were said.
         examples: the first rows: ``context``, ``explanation``, ``fve``, ``position``, ``doc_id``.
         documents: some contexts explained at every token: ``doc_id`` and ``tokens``, a list of ``token``, ``explanation``, ``fve``.
@@ -48,6 +52,7 @@ class Result:
     setting: dict
     figures: dict[str, dict[str, float]]
     roundtrip: float
+    comparison: Comparison
     examples: list[dict] = field(default_factory=list)
     documents: list[dict] = field(default_factory=list)
     prefixes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -66,6 +71,8 @@ def evaluate(
     search: Search,
     progress: bool = True,
     with_documents: bool = True,
+    others: Sequence[Search] = (),
+    reader: Reader = SUBJECT,
 ) -> Result:
     """Measure a lens on held-out rows; writes nothing.
 
@@ -77,18 +84,27 @@ def evaluate(
         search: chooses the explanations.
         progress: a bar on stderr.
         with_documents: explain ``evaluation.report_documents`` contexts token by token too.
+        others: searches to compare with, on the first ``evaluation.search_rows`` rows.
+        reader: reads what is compared too, and takes no part in any search.
     """
     options = config.evaluation
     count = loader.num_rows if options.num_samples < 0 else min(options.num_samples, loader.num_rows)
     doc_ids = loader.documents()[:count].numpy()
     batches = np.split(np.arange(count), range(options.batch_size, count, options.batch_size))
+    first = np.arange(count if options.search_rows < 0 else min(options.search_rows, count))
+    searched_batches = np.split(first, range(options.batch_size, len(first), options.batch_size))
     documents = _documents(loader, doc_ids, options.report_documents if with_documents else 0)
     was_training = lens.training
     lens.eval()
-    with tqdm(total=2 * len(batches) + len(documents), desc="evaluate", unit="batch", disable=not progress) as bar:
+    steps = 2 * len(batches) + len(others) * len(searched_batches) + 1 + len(documents)
+    with tqdm(total=steps, desc="evaluate", unit="batch", disable=not progress) as bar:
         said = _explanations(lens, loader, batches, search, bar)
-        others = [said.texts[i] for i in partners(doc_ids)]
-        rows, shorter = _row_statistics(lens, loader, batches, said, others, statistics, options.prefixes, bar)
+        other_texts = [said.texts[i] for i in partners(doc_ids)]
+        rows, shorter = _row_statistics(lens, loader, batches, said, other_texts, statistics, options.prefixes, bar)
+        searched = {search.name: said.first(len(first))}
+        searched |= {other.name: _explanations(lens, loader, searched_batches, other, bar) for other in others}
+        comparison = compare(lens, loader, options, doc_ids[: len(first)], searched, statistics, reader)
+        bar.update()
         explained = []
         for document in documents:
             tokens = explain_ids(lens, document.pop("ids"), statistics, search, options.batch_size)
@@ -101,7 +117,7 @@ def evaluate(
     examples = _examples(lens, loader.rows(range(min(options.examples, count))), said.texts, row_fve(rows["lens"]))
     setting = _setting(config, doc_ids) | {"search": search.name}
     prefixes = dict(zip(map(str, shorter), of_prefixes, strict=True))
-    return Result(setting, measured, float(np.mean(said.round_trips)), examples, explained, prefixes)
+    return Result(setting, measured, float(np.mean(said.round_trips)), comparison, examples, explained, prefixes)
 
 
 def training_statistics(config: Config, loaded: LoadedLens) -> tuple[ActivationStatistics, str]:
@@ -133,6 +149,7 @@ def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list
         said.texts += part.texts
         said.round_trips += part.round_trips
         said.unfinished += part.unfinished
+        said.costs += part.costs
         bar.update()
     return said
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,16 +13,43 @@ from megalens.batch import Batch
 from megalens.evaluate.metrics import logit_statistics, mean_where_failed, row_statistics
 from megalens.evaluate.text import is_text, pad, round_trips, to_ids, to_texts
 from megalens.lens.lens import ConsistencyLens
+from megalens.ops import vocab_log_prob
 from megalens.statistics import ActivationStatistics
+
+
+class Cost(NamedTuple):
+    """What choosing the explanation of one activation took.
+
+    Args:
+        reads: texts that the reconstructor read, each once.
+        said: tokens that the verbalizer decoded, or scored as it would have.
+        priced: texts that the untouched subject read, to put a price on their language.
+    """
+
+    reads: int = 0
+    said: int = 0
+    priced: int = 0
 
 
 @dataclass
 class Said:
-    """Explanations of some activations, and of each: is it re-tokenised to the very tokens that were said, and is it unfinished?"""
+    """Explanations of some activations.
+
+    Args:
+        texts: as strings.
+        round_trips: is each re-tokenised to the very tokens that were said?
+        unfinished: is each without its end? Empty where texts cannot be.
+        costs: what each took; empty where nothing was counted.
+    """
 
     texts: list[str]
     round_trips: list[bool]
     unfinished: list[bool] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+
+    def first(self, count: int) -> Said:
+        """Those of the first activations."""
+        return Said(self.texts[:count], self.round_trips[:count], self.unfinished[:count], self.costs[:count])
 
     def rows(self, numbers: np.ndarray, lens: ConsistencyLens) -> dict[str, np.ndarray]:
         """Row statistics of texts that end where they like: their tokens, and whether they are unfinished; none of others."""
@@ -70,6 +97,25 @@ def read_by_lens(lens: ConsistencyLens, texts: list[str]) -> Rebuild:
     """What the reconstructor makes of strings."""
     a_hat_BD = lens.reconstruct(*pad(to_ids(lens.tokenizer, texts)))
     return Rebuild(a_hat_BD, torch.tensor([not is_text(text) for text in texts], device=a_hat_BD.device))
+
+
+def nats_per_token(lens: ConsistencyLens, ids: list[list[int]]) -> np.ndarray:
+    """How unlikely the untouched subject finds each text behind its plain prompt: mean of ``-log p`` over its tokens, in nats ``[N]``.
+
+    ``exp`` of it is the text's perplexity. A text without tokens is infinitely unlikely.
+
+    Args:
+        ids: token ids of the texts, in the order in which they are said.
+    """
+    ids_BT, lengths_B = (x.to(lens.mean.device) for x in pad([*ids, [0, 0]]))  # two tokens at least: as many calls for any texts
+    lm = lens.subject.lm
+    normed_ND = lens.subject.next_states(lens.plain_ids, ids_BT).flatten(0, 1)
+    log_prob_N = lm.vocabulary(
+        lambda out, _, bias: vocab_log_prob(normed_ND, out, ids_BT.flatten(), bias_V=bias, softcap=lm.softcap).log_prob
+    )
+    said_BT = torch.arange(ids_BT.shape[1], device=lengths_B.device) < lengths_B[:, None]
+    total_B = -(log_prob_N.view(ids_BT.shape).double() * said_BT).sum(1)
+    return torch.where(lengths_B > 0, total_B / lengths_B, torch.inf).cpu().numpy()[: len(ids)]
 
 
 class RowScorer:

@@ -24,7 +24,7 @@ unfinished      share of texts that did not end within ``t_text`` tokens; likewi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,7 @@ def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, statistics: ActivationStatist
     rebuilt, failed = mean_where_failed(torch.as_tensor(a_hat_BD).cpu().double(), torch.from_numpy(mean), failed_B)
     a_hat = rebuilt.numpy()
     inverse_std = np.where(var > 0, 1 / np.sqrt(np.where(var > 0, var, 1)), 0)
-    u, u_hat = _unit(a), _unit(a_hat)
+    u, u_hat = unit(a), unit(a_hat)
     return {
         "error": _squares(a - a_hat),
         "spread": _squares(a - mean),
@@ -149,7 +149,7 @@ def row_statistics(a_BD: Tensor, a_hat_BD: Tensor, statistics: ActivationStatist
 
 def normalised_error(a_BD: Tensor | np.ndarray, a_hat_BD: Tensor | np.ndarray) -> np.ndarray:
     """``|u - u_hat|^2`` of each row ``[B]``, float64; between 0 and 4."""
-    return _squares(_unit(_numpy(a_BD)) - _unit(_numpy(a_hat_BD)))
+    return _squares(unit(a_BD) - unit(a_hat_BD))
 
 
 def logit_statistics(true_BV: Tensor, patched_BV: Tensor) -> Rows:
@@ -177,31 +177,36 @@ def row_fve(rows: Rows) -> np.ndarray:
     return 1 - rows["error_nrm"] / np.maximum(rows["spread_nrm"], 1e-12)
 
 
-def figures(rows: Rows, doc_ids: np.ndarray | None = None, bootstrap: int = 0, seed: int = 0) -> dict[str, float]:
-    """All figures of the rows; those of the logits where the rows have them.
+def figures(
+    rows: Rows, doc_ids: np.ndarray | None = None, bootstrap: int = 0, seed: int = 0, of: Sequence[Figure] = ()
+) -> dict[str, float]:
+    """All figures of the rows; those of the logits where the rows have them. A figure that is not finite is left out.
 
     Args:
         rows: statistics, ``[N]`` each.
         doc_ids: document of each row ``[N]``; rows of one document are not independent. Needed for intervals only.
         bootstrap: resamples of documents (with replacement); 0: no intervals.
         seed: of the resampling.
+        of: figures beside :data:`FIGURES`.
 
     Returns:
         ``{name: value}``, and with ``bootstrap`` also ``name_low`` and ``name_high``, the 2.5 and 97.5 % quantiles of the resampled figure.
     """
     count = len(rows["error"])
-    result = {name: float(value[0]) for name, value in _weighted_figures(rows, np.ones((1, count))).items()}
+    found = {name: float(value[0]) for name, value in _weighted_figures(rows, np.ones((1, count)), of).items()}
+    result = {name: value for name, value in found.items() if np.isfinite(value)}
     if bootstrap:
-        parts = [_weighted_figures(rows, weights) for weights in resamples(np.asarray(doc_ids), bootstrap, seed)]
+        parts = [_weighted_figures(rows, weights, of) for weights in resamples(np.asarray(doc_ids), bootstrap, seed)]
         for name in tuple(result):
-            low, high = np.quantile(np.concatenate([part[name] for part in parts]), (0.025, 0.975))
+            values = np.concatenate([part[name] for part in parts])
+            low, high = np.quantile(values[np.isfinite(values)], (0.025, 0.975)) if np.isfinite(values).any() else (result[name],) * 2
             result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return result
 
 
-def _weighted_figures(rows: Rows, weights_RN: np.ndarray) -> Rows:
+def _weighted_figures(rows: Rows, weights_RN: np.ndarray, of: Sequence[Figure]) -> Rows:
     """Figures ``[R]`` under R different weightings of the rows."""
-    return {figure.name: figure.value(rows, weights_RN) for figure in FIGURES if all(name in rows for name in figure.needs)}
+    return {figure.name: figure.value(rows, weights_RN) for figure in (*FIGURES, *of) if all(name in rows for name in figure.needs)}
 
 
 def resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
@@ -221,7 +226,9 @@ def resamples(doc_ids: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.nda
         yield np.bincount(drawn.ravel(), minlength=size * documents).reshape(size, documents)[:, document].astype(np.float64)
 
 
-def _unit(a_BD: np.ndarray) -> np.ndarray:
+def unit(a_BD: Tensor | np.ndarray) -> np.ndarray:
+    """The vectors at unit length, float64; one of length 0 stays so."""
+    a_BD = _numpy(a_BD)
     return a_BD / np.maximum(np.linalg.norm(a_BD, axis=-1, keepdims=True), 1e-12)
 
 

@@ -10,7 +10,7 @@ from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.table import by_length, describe, interval, number
+from megalens.evaluate.table import COMPARED, WORTH, about_comparison, by_length, compared, describe, interval, number, worth
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
@@ -56,6 +56,9 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         f'<p class="soft">{escape(describe(result))} {result.roundtrip:.1%} of the explanations are re-tokenised to the very tokens '
         "that were said; all are read from their string.</p>",
         _definitions(),
+        "<h2>Searches for words</h2>",
+        _comparison(result),
+        *(f'<p class="soft">{escape(sentence)}</p>' for sentence in about_comparison(result.comparison)),
     ]
     if result.examples:
         parts += [
@@ -142,6 +145,20 @@ def _cells(rows: list[list[str]]) -> str:
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows[1:]
     )
     return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _comparison(result: Result) -> str:
+    tables = []
+    for names, cells in (
+        (COMPARED, {name: [_cell(each, figure) for figure in COMPARED] for name, each in compared(result).items()}),
+        (WORTH, {name: map(escape, worth(each, result.comparison.copies)) for name, each in result.comparison.searches.items()}),
+    ):
+        head = "".join(f"<th>{name}</th>" for name in names)
+        rows = "".join(
+            f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in each)}</tr>' for name, each in cells.items()
+        )
+        tables.append(f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    return "".join(tables)
 
 
 def _cell(figures: dict[str, float], name: str) -> str:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from megalens.evaluate.baselines import SOURCES
+from megalens.evaluate.compare import Comparison
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import TABLES
 from megalens.page.text import visible
+
+COMPARED = ("fve_nrm", "kl_recovered", "other_reader", "channel")
+"""The figures of the first table of a comparison."""
+WORTH = ("gain_over_copy", "copied tokens", "perplexity", "texts read", "tokens said")
+"""The heads of the second."""
 
 
 def table(result: Result) -> str:
@@ -38,6 +44,46 @@ def by_length(result: Result) -> list[list[str]]:
         label = f"first {count} token" + "s" * (count != "1") if count else "whole text"
         rows.append([label, *(interval(figures[source], "fve_nrm") for source in sources)])
     return rows
+
+
+def comparison(result: Result) -> str:
+    """Searches side by side: two tables, and what they are of."""
+    made = result.comparison
+    rows = compared(result)
+    blocks = [align([["", *COMPARED], *([name, *(interval(each, figure) for figure in COMPARED)] for name, each in rows.items())])]
+    blocks.append(align([["", *WORTH], *([name, *worth(each, made.copies)] for name, each in made.searches.items())]))
+    return "\n\n".join([*blocks, "\n".join(about_comparison(made))])
+
+
+def compared(result: Result) -> dict[str, dict[str, float]]:
+    """The figures of a comparison: of copies, and of each search, by the names they have in tables."""
+    return {"copy, same reconstructor": result.comparison.copy, **result.comparison.searches}
+
+
+def worth(figures: dict[str, float], curve: dict[str, float]) -> list[str]:
+    """The cells of :data:`WORTH` for a search."""
+    numbers = (f"{figures[name]:.1f}" if name in figures else "-" for name in ("perplexity", "reads", "said"))
+    return [interval(figures, "gain_over_copy"), copied(figures, curve), *numbers]
+
+
+def about_comparison(made: Comparison) -> list[str]:
+    """What the figures of a comparison are, in sentences."""
+    curve = ", ".join(f"{count}: {value:.3f}" for count, value in made.copies.items())
+    return [
+        f"Searches on the first {made.rows} of these activations, of {made.documents} documents. Other reader: {made.other_reader}.",
+        "Channel: what the other reader keeps of the texts' fve_nrm, relative to what it keeps of the copies'.",
+        "Perplexity: the texts' median under the untouched subject. Texts read by the reconstructor, tokens said: for one activation.",
+        f"Copied tokens: how many last tokens of the context give the same fve_nrm. Copies of so many tokens give {curve}.",
+    ]
+
+
+def copied(figures: dict[str, float], curve: dict[str, float]) -> str:
+    """``3.4``, or on which side of the curve of copies it lies."""
+    value = figures["copied_tokens"]
+    least, *_, most = curve
+    if value == 0:
+        return f"below {least}"
+    return f"over {most}" if figures["fve_nrm"] > max(curve.values()) else f"{value:.1f}"
 
 
 def interval(figures: dict[str, float], name: str) -> str:

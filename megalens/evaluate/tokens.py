@@ -23,12 +23,14 @@ class TokenExplanation:
         fve: ``1 - |u - u_hat|^2 / |u - m|^2`` (:func:`megalens.evaluate.metrics.row_fve`): 1 is a perfect rebuild of the activation's
             direction from the explanation alone, 0 is no better than the training mean, below 0 is worse than it.
         search: how the explanation was chosen, e.g. ``greedy``.
+        reads: texts that the reconstructor read to choose it.
     """
 
     token: str
     explanation: str
     fve: float
     search: str
+    reads: int = 0
 
 
 @torch.no_grad()
@@ -44,12 +46,16 @@ def explain_ids(
     included."""
     resid_CD = lens.subject.residual(torch.tensor([ids], device=lens.mean.device))[0].float()
     chosen = torch.tensor(range(len(ids)) if positions is None else positions, dtype=torch.long, device=resid_CD.device)
-    texts, fve = [], []
+    texts: list[str] = []
+    fve: list[float] = []
+    reads: list[int] = []
     for position_B in chosen.split(batch_size):
         a_BD = resid_CD[position_B]
-        said = search(lens, a_BD, position_B).texts
-        rebuild = read_by_lens(lens, said)
+        said = search(lens, a_BD, position_B)
+        rebuild = read_by_lens(lens, said.texts)
         fve += row_fve(row_statistics(a_BD, rebuild.a_hat_BD, statistics, rebuild.failed_B)).tolist()
-        texts += said
+        texts += said.texts
+        reads += [cost.reads for cost in said.costs] or [0] * len(said.texts)
     tokens = pieces(lens.tokenizer, ids)
-    return [TokenExplanation(tokens[at], text, value, search.name) for at, text, value in zip(chosen.tolist(), texts, fve, strict=True)]
+    explained = zip(chosen.tolist(), texts, fve, reads, strict=True)
+    return [TokenExplanation(tokens[at], text, value, search.name, count) for at, text, value, count in explained]

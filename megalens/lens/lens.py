@@ -16,11 +16,11 @@ from megalens.families.adapters import adapter_start
 from megalens.lens.frame import Frame
 from megalens.lens.names import GROUPS, group_of, module_names, stable_name
 from megalens.lens.prompts import prompts_of, window_of
-from megalens.lens.reconstructor import Reconstructor
+from megalens.lens.reconstructor import Prefix, Reconstructor
 from megalens.lens.rollouts import Rollouts
 from megalens.lens.sampling import Law, Ranks
 from megalens.lens.subject import Read, Subject, shared_contexts, units_of
-from megalens.lens.text import Text, lengths_of, tail_ids
+from megalens.lens.text import Text, lengths_of, read_order, tail_ids
 from megalens.lens.verbalizer import Verbalizer
 from megalens.ops import noise_keys
 
@@ -165,6 +165,28 @@ class ConsistencyLens(nn.Module):
         if self.reference is None:
             raise ValueError("the verbalizer as it was when the training began is kept only where terms.reference_kl has a weight")
         return self.reference.log_prob_of(a_BD, ids_BT)
+
+    @torch.no_grad()
+    def reconstruct_swaps(self, ids_GT: Tensor, lengths_G: Tensor, place: int, group_B: Tensor, token_B: Tensor) -> Tensor:
+        """Activations ``[B, D]`` (float32) rebuilt from texts with another token at one place; what stands before it is run once a text.
+
+        The same as :meth:`reconstruct` of the swapped texts.
+
+        Args:
+            ids_GT: the texts, right-padded.
+            lengths_G: tokens of each, more than ``place``.
+            place: of the token, in the order of reading.
+            group_B: which text each swap is of.
+            token_B: the token in that place.
+        """
+        device, lm = self.mean.device, self.subject.lm
+        ids_GT, lengths_G, group_B = ids_GT.to(device), lengths_G.to(device), group_B.to(device)
+        if self.reconstructor.first_is_last:
+            ids_GT = read_order(ids_GT[..., None], lengths_G)[..., 0]
+        rest_BS = ids_GT[group_B, place:]
+        rest_BS[:, 0] = token_B.to(device)
+        behind = Prefix(lm.embed(ids_GT[:, :place]), group_B)
+        return self.reconstructor(lm.embed(rest_BS), lengths_G[group_B] - place, behind)
 
     # ------------------------------------------------------------------------------------------------- its parameters
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +15,13 @@ from megalens.families.causal_lm import CausalLM
 from megalens.lens.prompts import prompts_of
 from megalens.lens.text import read_order
 from megalens.lens.verbalizer import OwnBlocks, PromptEmbedding, StandardisedLinear
+
+
+class Prefix(NamedTuple):
+    """Beginnings of texts ``[G, P, D]``, in the order of reading, and for each text ``[B]`` which of them is its own."""
+
+    embeds_GPD: Tensor
+    group_B: Tensor
 
 
 class Reconstructor(nn.Module):
@@ -48,41 +57,47 @@ class Reconstructor(nn.Module):
         lora = config.lora_of("reconstructor")
         self.adapter_parameters = add_adapter(lm, self.adapter, trained, lora, config.seed) if self.adapter else {}
 
-    def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    def forward(self, embeds_BTD: Tensor, lengths_B: Tensor | None = None, behind: Prefix | None = None) -> Tensor:
         """Rebuild activations ``[B, D]`` (float32) from text embeddings, right-padded to T.
 
         Args:
             embeds_BTD: embeddings of the text's tokens.
             lengths_B: tokens of each text, 0 allowed; None: all T.
+            behind: beginnings that texts share, each run once; ``embeds_BTD`` are then the rest of the texts, in the order of reading.
         """
         batch, reach = embeds_BTD.shape[:2]
-        if self.first_is_last:
+        if self.first_is_last and behind is None:
             embeds_BTD = read_order(embeds_BTD, lengths_B)
         if self.suffix is not None:
             embeds_BTD = _with_suffix(embeds_BTD, self.suffix(), lengths_B)
         last_B = torch.full((batch,), reach, device=embeds_BTD.device) if lengths_B is None else lengths_B
         last_B = last_B + (embeds_BTD.shape[1] - reach)
         with adapter(self.lm, self.adapter):
-            hidden_BD = self._read(embeds_BTD, last_B)
+            hidden_BD = self._read(embeds_BTD, last_B, behind)
         return self.head(hidden_BD)
 
     def length_with(self, tokens: int) -> int:
         """Positions that a text of so many tokens takes, with the prompt and the suffix."""
         return self.length + tokens + (0 if self.suffix is None else len(self.suffix.weight))
 
-    def _read(self, embeds_BSD: Tensor, last_B: Tensor) -> Tensor:
-        """Residual stream after the last block, at the prompt's last position (``last_B = 0``) or the text's ``last_B``-th token."""
-        own = {int(i): block for i, block in self.own.items()}
-        positions = torch.arange(self.length + embeds_BSD.shape[1], device=embeds_BSD.device)[None]
+    def _read(self, embeds_BSD: Tensor, last_B: Tensor, behind: Prefix | None) -> Tensor:
+        """Residual stream after the last block, at the last position before the text (``last_B = 0``) or its ``last_B``-th token."""
+        shared = 0 if behind is None else behind.embeds_GPD.shape[1]
+        positions = torch.arange(self.length + shared + embeds_BSD.shape[1], device=embeds_BSD.device)[None]
         cache = KVCache()
-        prompt_1LD = self.lm.enter(self.prompt(), positions[:, : self.length])
-        prompt_1LD = self.lm.run(prompt_1LD, 0, self.last, positions[:, : self.length], cache=cache, own=own)
-        hidden = prompt_1LD[:, -1:].expand(len(last_B), -1, -1)
+        before = self._run(self.prompt(), positions[:, : self.length], cache)
+        if behind is not None and shared:
+            before = self._run(behind.embeds_GPD.to(before.dtype), positions[:, self.length : self.length + shared], cache)
+            cache, before = cache.rows(behind.group_B), before[behind.group_B]
+        hidden = before[:, -1:].expand(len(last_B), -1, -1)
         if embeds_BSD.shape[1]:
-            text = self.lm.enter(embeds_BSD.to(prompt_1LD.dtype), positions[:, self.length :])
-            text = self.lm.run(text, 0, self.last, positions[:, self.length :], cache=cache, own=own)
+            text = self._run(embeds_BSD.to(hidden.dtype), positions[:, self.length + shared :], cache)
             hidden = torch.cat([hidden, text], dim=1)
         return hidden[torch.arange(len(last_B), device=hidden.device), last_B]
+
+    def _run(self, embeds_BSD: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        own = {int(i): block for i, block in self.own.items()}
+        return self.lm.run(self.lm.enter(embeds_BSD, positions), 0, self.last, positions, cache=cache, own=own)
 
 
 def _with_suffix(embeds_BTD: Tensor, suffix_1SD: Tensor, lengths_B: Tensor | None) -> Tensor:

@@ -214,6 +214,10 @@ class Verbalizer(nn.Module):
         """Log-probabilities ``[N, T]`` of saying the given tokens, teacher-forced, in nats: one text or several of each activation."""
         return self.score(a_BD, ids_NT).log_prob
 
+    def likeliest(self, a_BD: Tensor, ids_BT: Tensor, count: int) -> Tensor:
+        """The ``count`` likeliest tokens ``[B, T, count]`` at each place of given texts, the likeliest first."""
+        return self("likeliest", a_BD, ids_BT, count)
+
     def _start(self, a_BD: Tensor, room: int | None) -> tuple[Tensor, KVCache]:
         """Run the prompt: what does not see the activation once, the rest per row. Hidden state ``[B, D]`` of its last position.
 
@@ -280,13 +284,21 @@ class Verbalizer(nn.Module):
         return sample(self, a_BD, keys, draws, law, ranks or Alone())
 
     def _score(self, a_BD: Tensor, ids_NT: Tensor, law: Law, floor_NT: Tensor | None) -> LogProb:
+        floor = None if floor_NT is None else floor_NT.flatten()
+        found = score(self.lm, self._teacher_forced(a_BD, ids_NT).flatten(0, 1), ids_NT.flatten(), law, floor)
+        return LogProb(*(field.view(ids_NT.shape) for field in found))
+
+    def _likeliest(self, a_BD: Tensor, ids_BT: Tensor, count: int) -> Tensor:
+        normed_BTD = self._teacher_forced(a_BD, ids_BT)
+        return torch.stack([self.lm.logits(normed_BD).topk(count).indices for normed_BD in normed_BTD.unbind(1)], dim=1)
+
+    def _teacher_forced(self, a_BD: Tensor, ids_NT: Tensor) -> Tensor:
+        """Normed hidden states ``[N, T, D]`` from which each token of a text is said."""
         hidden_BD, cache = self._start(a_BD, room=None)
         hidden_NTD = hidden_BD.repeat_interleave(len(ids_NT) // len(a_BD), 0)[:, None]
         if ids_NT.shape[1] > 1:
             hidden_NTD = torch.cat([hidden_NTD, self._append(self.lm.embed(ids_NT[:, :-1]), 0, cache)], dim=1)
-        floor = None if floor_NT is None else floor_NT.flatten()
-        found = score(self.lm, self._norm(hidden_NTD).flatten(0, 1), ids_NT.flatten(), law, floor)
-        return LogProb(*(field.view(ids_NT.shape) for field in found))
+        return self._norm(hidden_NTD)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return self.lm.final_norm(hidden, self.own_norm)
