@@ -1,4 +1,7 @@
-"""Imported by the process that tests/quick.py forks: what most commands import."""
+"""Imported by the process that tests/quick.py forks: what most commands import.
+
+Nothing that makes a temporary folder when it is imported, as wandb does: the first forked process to end would remove it.
+"""
 
 import os
 
@@ -8,10 +11,6 @@ import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import peft  # noqa: F401
 import torch
-import transformers.models.auto.modeling_auto
-import transformers.models.auto.tokenization_auto
-import transformers.models.llama.modeling_llama  # noqa: F401
-import wandb  # noqa: F401
 
 import megalens.data.dump
 import megalens.train

@@ -47,6 +47,9 @@ def test_contexts_come_in_the_dumps_order_without_a_dump(place):
         for ours, theirs in zip(alone, dumped.batches(2), strict=False):
             assert "activation" not in ours
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(ActivationLoader(reader, 8, 3).documents(), dumped.documents())
+    with pytest.raises(DataError, match=r"another layer .2 there, 1 now"):
+        reader.check_matches({"layer": 1})
     part = dumped.rows(range(100))["activation"]
     for ours, theirs in [(reader.statistics.mean, part.mean(0)), (reader.statistics.var, part.var(0, correction=0))]:
         torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.01)

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,41 @@ Chunk = tuple[list[Place], Columns]  # some batches, one behind the other
 _CHUNK_BYTES, _CHUNK_BATCHES = 2 << 20, 16  # batches are read several at a time
 _AHEAD = 3
 _DECODERS = 2
+
+
+class Reader(Protocol):
+    """What a loader reads rows from: :class:`~megalens.data.shards.ShardReader`, or the subject itself where there is no dump.
+
+    Attributes:
+        folder: for messages.
+        meta: ``meta.json`` of a dump.
+        identity: a hash of what the rows are.
+        batch_rows: how many rows each batch holds.
+    """
+
+    folder: str | Path
+    meta: dict[str, Any]
+    identity: str
+    batch_rows: np.ndarray
+
+    @property
+    def statistics(self) -> ActivationStatistics:
+        """Of the rows' activations."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read_batch(self, index: int) -> Columns:
+        """The rows of a batch, by the names of :class:`~megalens.batch.Batch`."""
+        ...
+
+    def column(self, name: str) -> np.ndarray:
+        """One number per row (``doc_id``, ``position``, ``sample_id``), all rows."""
+        ...
+
+    def check_matches(self, wanted: dict) -> None:
+        """Refuse rows of another model, tokenizer or layer with a :class:`~megalens.data.DataError`."""
+        ...
 
 
 class ActivationLoader(IterableDataset):
@@ -67,7 +102,7 @@ class ActivationLoader(IterableDataset):
 
     def __init__(
         self,
-        source: str | Path | ShardReader | dict[str, float],
+        source: str | Path | Reader | dict[str, float],
         batch_size: int,
         seed: int,
         rank: int = 0,
@@ -75,8 +110,8 @@ class ActivationLoader(IterableDataset):
         window_bytes: int = 256 << 20,
         workers: int = 0,
     ):
-        shares = source if isinstance(source, dict) else {source: 1.0}
-        self.readers = [ShardReader(folder) if isinstance(folder, (str, Path)) else folder for folder in shares]
+        shares: dict[Any, float] = source if isinstance(source, dict) else {source: 1.0}
+        self.readers: list[Reader] = [ShardReader(folder) if isinstance(folder, (str, Path)) else folder for folder in shares]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed % (1 << 63), rank, world_size
         self.workers = workers
         self._check(shares)
@@ -206,7 +241,7 @@ class ActivationLoader(IterableDataset):
     # ---------------------------------------------------------------------------------------------- by number, and all
 
     @property
-    def reader(self) -> ShardReader:
+    def reader(self) -> Reader:
         """The first dump's."""
         return self.readers[0]
 
@@ -274,7 +309,7 @@ class _Chunks(IterableDataset):
 class _Windows:
     """The windows of one dump, one of them in memory."""
 
-    def __init__(self, reader: ShardReader, seed: int, number: int, window_bytes: int):
+    def __init__(self, reader: Reader, seed: int, number: int, window_bytes: int):
         self.size = max(1, window_bytes // window_bytes_of(reader.meta, 1))
         self._reader, self._order = reader, FolderOrder(reader.batch_rows, self.size, seed, number)
         self._held = (-1, -1)

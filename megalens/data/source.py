@@ -15,8 +15,8 @@ from torch import Tensor
 from megalens.config import Config, ConfigError
 from megalens.data import DataError
 from megalens.data.dump import row_order
-from megalens.data.identity import dump_identity, model_identity
-from megalens.data.loader import ActivationLoader
+from megalens.data.identity import dump_identity, first_difference, model_identity
+from megalens.data.loader import ActivationLoader, Reader
 from megalens.data.pretokenize import load_tokens, tokens_checksums
 from megalens.data.read_out import Contexts, ReadOut
 from megalens.data.sampling import Rows
@@ -36,10 +36,10 @@ def training_loader(config: Config, rank: int = 0, world_size: int = 1) -> Activ
         DataError: a dump or the pretokenized text is missing, or of another model or layer.
         ConfigError: an entry of ``mix`` is no FOLDER=SHARE.
     """
-    source: Any = ContextReader(config, "train") if config.on_the_fly else mixture(config) or config.activation_dir("train")
+    dumps: dict[str, float] | Path = mixture(config) or config.activation_dir("train")
+    source: Reader | dict[str, float] | Path = ContextReader(config, "train") if config.on_the_fly else dumps
     if config.given.path is not None:
-        reader = source if config.on_the_fly else ShardReader(source)
-        source = with_texts(config, reader, "train", tell=rank == 0)
+        source = with_texts(config, ShardReader(source) if isinstance(source, Path) else source, "train", tell=rank == 0)
     loader = ActivationLoader(source, config.batch_size, config.seed, rank, world_size, workers=config.loader_workers)
     if config.mix:
         wanted = model_identity(config)
@@ -85,11 +85,11 @@ class ContextReader:
     """
 
     def __init__(self, config: Config, split: str):
-        self.folder = Path(f"{config.dataset_label}_{split}")
+        self.folder: str | Path = Path(f"{config.dataset_label}_{split}")
         settings = config.activation_dumper
         self._config, self._tokens = config, load_tokens(config, split)
         self._order = row_order(config, split, self._tokens)
-        self.meta = {
+        self.meta: dict[str, Any] = {
             **dump_identity(config, split),
             "d": check_model(config).get_text_config().hidden_size,
             "encoding": settings.encoding,
@@ -130,6 +130,19 @@ class ContextReader:
             "doc_id": torch.from_numpy(contexts.doc_id_K[member_N]),
             "sample_id": torch.arange(len(position_N)) + shard * self.meta["rows_per_shard"] + first,
         }
+
+    def column(self, name: str) -> np.ndarray:
+        """One number per row (``doc_id``, ``position``, ``sample_id``), all rows."""
+        return np.concatenate([self.read_batch(index)[name].numpy() for index in range(len(self.batch_rows))])
+
+    def check_matches(self, wanted: dict) -> None:
+        """Refuse what is of another model, tokenizer or layer.
+
+        Raises:
+            DataError: naming the first key that differs.
+        """
+        if difference := first_difference(self.meta, wanted):
+            raise DataError(f"the rows of {self.folder} are of {difference}")
 
     @functools.cached_property
     def statistics(self) -> ActivationStatistics:
