@@ -12,9 +12,11 @@ from test_lens import make_batch, make_lens
 
 from megalens import Lens
 from megalens.checkpoint import CheckpointError, formats
+from megalens.checkpoint.run_folder import RunFolder
 from megalens.commands import eval as eval_command
 from megalens.config import ConfigError, load_config
 from megalens.data.encoding import ENCODINGS
+from megalens.data.loader import ActivationLoader
 from megalens.data.shards import ShardReader, ShardWriter
 from megalens.evaluate import EvaluationError, baselines, metrics, report, table
 from megalens.explain.search import SEARCHES, search_named
@@ -23,6 +25,7 @@ from megalens.families.causal_lm import CausalLM
 from megalens.families.self_check import check_walk
 from megalens.objective import TERMS, Step
 from megalens.tiny import make_model
+from megalens.training.start import find_start
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -95,6 +98,19 @@ def test_checkpoint_format_of_the_page_gives_back_the_same_lens(best, tmp_path, 
     one, other = Lens.from_pretrained(best), Lens.from_pretrained(tmp_path / "kept")
     assert one.explain("Arden is a river") == other.explain("Arden is a river")
     assert measured(tmp_path / "kept")[0]["figures"] == measured(best)[0]["figures"]
+
+    config = formats.read_config(best)
+    starts = []
+    for folder in (best, tmp_path / "kept"):
+        config.init_from = str(folder)
+        loader = ActivationLoader(config.activation_dir("train"), 8, 0)
+        starts.append(find_start(config, RunFolder(tmp_path / "run"), loader, {"model_name": one.module.subject.fingerprint}))
+    assert starts[0].weights.keys() == starts[1].weights.keys()
+    assert all(torch.equal(starts[1].weights[name], value) for name, value in starts[0].weights.items())
+    assert all(torch.equal(*pair) for pair in zip(starts[0].standard, starts[1].standard, strict=True))
+    config.engine = "fsdp"
+    with pytest.raises(CheckpointError, match="is of the format one file, which cannot be read in shards"):
+        find_start(config, RunFolder(tmp_path / "run"), loader, {"model_name": ""})
 
     monkeypatch.setitem(names, "subject_fingerprint", lambda config: "another")
     with pytest.raises(CheckpointError, match="is a lens of another subject"):

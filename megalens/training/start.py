@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.checksums import check_checkpoint, read_json
+from megalens.checkpoint.formats import format_of, load_lens, read_config
 from megalens.checkpoint.formats.megalens import (
+    Megalens,
     check_subject,
     read_about,
-    read_config,
     read_reference,
     read_standard,
     read_statistics,
@@ -30,9 +31,11 @@ from megalens.checkpoint.run_folder import RunFolder
 from megalens.config import Config, load_config
 from megalens.data.loader import ActivationLoader
 from megalens.device import resolve_dtype
-from megalens.engine import rank_and_size
+from megalens.engine import rank_and_size, shards_weights
+from megalens.engine.state import copied
 from megalens.files import Lock
 from megalens.launcher import rank
+from megalens.lens.names import stable_names
 from megalens.statistics import ActivationStatistics
 from megalens.training.progress import TRAINER_VERSION, Progress, first_wrong
 
@@ -226,15 +229,32 @@ def _check_together(folder: Path) -> None:
 
 def _initialised(config: Config, fingerprint: str, loader: ActivationLoader) -> Start:
     folder, width = source_folder(config), loader.reader.meta["d"]
-    about = read_about(folder)
-    check_subject(folder, fingerprint)
-    if about["width"] != width:
-        raise CheckpointError(f"init_from={config.init_from} is of another width: {about['width']}, the activations here are of {width}")
-    layer = about["subject"]["layer_l"]
+    layer, weights, standard = _read_lens(folder, config, fingerprint)
+    if len(standard[0]) != width:
+        raise CheckpointError(f"init_from={config.init_from} is of another width: {len(standard[0])}, the activations here are of {width}")
     if layer != config.layer_l:
         raise CheckpointError(f"init_from={config.init_from} is a lens of layer_l={layer}, not of layer_l={config.layer_l}")
     _check_adapters(config, folder)
-    return Start(Progress(), loader.statistics, read_standard(folder), read_weights(folder), where=str(folder))
+    return Start(Progress(), loader.statistics, standard, weights, where=str(folder))
+
+
+def _read_lens(folder: Path, config: Config, fingerprint: str) -> tuple[int, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """Layer, weights by stable names, and the mean and variance to standardise by, of a lens in whichever format.
+
+    Raises:
+        CheckpointError: it is of another subject, or the engine shards what its format can only read whole.
+    """
+    kind = format_of(folder)
+    if isinstance(kind, Megalens):
+        check_subject(folder, fingerprint)
+        return read_about(folder)["subject"]["layer_l"], read_weights(folder), read_standard(folder)
+    if shards_weights(config):
+        mend = "train it for one step in one process without --deepspeed and engine=fsdp, and name the checkpoint of that run"
+        raise CheckpointError(f"init_from={folder} is of the format {kind.name}, which cannot be read in shards; {mend}")
+    here = {"model_name": config.model_name, "device": "cpu", "dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    lens = load_lens(folder, **here).lens
+    weights = {stable: copied(lens.get_parameter(name)).float() for name, stable in stable_names(lens.lens_state_names()).items()}
+    return lens.config.layer_l, weights, (lens.mean, lens.var)
 
 
 def _check_adapters(config: Config, folder: Path) -> None:
@@ -267,8 +287,10 @@ def source_folder(config: Config) -> Path:
         raise CheckpointError("init_from names no checkpoint; name one, as in init_from=outputs/<run>/best")
     source = Path(config.init_from)
     if source.suffix not in (".yaml", ".yml"):
-        if not (source / "lens.json").is_file():
-            raise CheckpointError(f"init_from={source} is no checkpoint (it holds no lens.json); a run's best one is outputs/<run>/best")
+        try:
+            format_of(source)
+        except CheckpointError as error:
+            raise CheckpointError(f"init_from={error}") from None
         return source
     folder = load_config([f"config={source}", f"output_dir={config.output_dir}"]).run_dir / "best"
     if not (folder / "lens.json").is_file():

@@ -13,7 +13,7 @@ from megalens.config import Config
 
 FORMATS: list[Format] = [Megalens()]
 
-__all__ = ["FORMATS", "Format", "LoadedLens", "load_lens", "read_config"]
+__all__ = ["FORMATS", "Format", "LoadedLens", "format_of", "load_lens", "read_config"]
 
 
 def load_lens(folder: str | Path, **changes: Any) -> LoadedLens:
@@ -29,16 +29,21 @@ def load_lens(folder: str | Path, **changes: Any) -> LoadedLens:
         ConfigError: its subject cannot be loaded, or the weights do not fit it.
     """
     folder = Path(folder)
-    return _format_of(folder).load(folder, **changes)
+    return format_of(folder).load(folder, **changes)
 
 
 def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
     """The configuration that the lens of a folder was trained with, whichever its format; see :meth:`Format.read_config`."""
     folder = Path(folder)
-    return _format_of(folder).read_config(folder, arguments, **changes)
+    return format_of(folder).read_config(folder, arguments, **changes)
 
 
-def _format_of(folder: Path) -> Format:
+def format_of(folder: Path) -> Format:
+    """The format of a folder, as far as its files' names tell.
+
+    Raises:
+        CheckpointError: it is of none.
+    """
     for each in FORMATS:
         if each.detect(folder):
             return each
