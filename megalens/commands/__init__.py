@@ -33,6 +33,8 @@ COMMANDS = {
     "eval": "megalens.commands.eval",
     "trust": "megalens.commands.trust",
     "explain": "megalens.commands.explain",
+    "export-lens": "megalens.commands.export_lens",
+    "import-lens": "megalens.commands.import_lens",
 }
 
 

@@ -71,6 +71,11 @@ class Reconstructor:
 
     prompt: str = setting("The text ends with:", "what stands before the explanation")
     suffix: str = setting("", "what stands behind it; the last position is read")
+    head: str = setting(
+        "affine",
+        "affine (in standardised dimensions, with an offset) | linear (a matrix alone, as other tools read it); both start as the identity",
+        ("affine", "linear"),
+    )
     mode: str | None = setting(None, "frozen | lora | full; null: as train_mode", ("frozen", "lora", "full"))
     lora: RoleLora = setting(RoleLora(), "its adapters, where they differ from lora")
     trainable_prompt: bool = setting(True, "train the prompt's and suffix's embeddings")

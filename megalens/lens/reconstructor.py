@@ -24,6 +24,20 @@ class Prefix(NamedTuple):
     group_B: Tensor
 
 
+class LinearHead(nn.Module):
+    """``W x``; W starts as the identity."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False, dtype=dtype)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]`` in float32 (float64 stays)."""
+        made = self.linear(x.to(self.linear.weight.dtype))
+        return made if made.dtype == torch.float64 else made.float()
+
+
 class Reconstructor(nn.Module):
     """Rebuilds an activation from an explanation: prompt, text, suffix; the last position's residual; a head that starts as the identity.
 
@@ -50,7 +64,8 @@ class Reconstructor(nn.Module):
         for part in filter(None, (self.prompt, self.suffix)):
             part.requires_grad_(options.trainable_prompt)
         std_D = var_D.clamp_min(1e-12).sqrt()
-        self.head = StandardisedLinear(mean_D, std_D, mean_D, std_D, lm.dtype)
+        affine = options.head == "affine"
+        self.head = StandardisedLinear(mean_D, std_D, mean_D, std_D, lm.dtype) if affine else LinearHead(len(mean_D), lm.dtype)
         trained = range(self.last)
         self.own = OwnBlocks(lm.blocks, trained if mode == "full" else ())
         self.adapter = "reconstructor" if mode == "lora" else None

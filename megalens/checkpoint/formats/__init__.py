@@ -9,9 +9,10 @@ from typing import Any
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.formats.format import Format, LoadedLens
 from megalens.checkpoint.formats.megalens import Megalens
+from megalens.checkpoint.formats.nla import Nla
 from megalens.config import Config
 
-FORMATS: list[Format] = [Megalens()]
+FORMATS: list[Format] = [Megalens(), Nla()]
 
 __all__ = ["FORMATS", "Format", "LoadedLens", "format_of", "load_lens", "read_config"]
 
