@@ -53,7 +53,7 @@ def compare(one: LoadedLens, other: LoadedLens) -> str:
     same = sum(a == b for a, b in zip(texts, again, strict=True))
     texts = [text or "a text" for text in texts]
     rebuilt = [read_by_lens(each.lens, texts).a_hat_BD for each in (one, other)]
-    cos = float(torch.nn.functional.cosine_similarity(*rebuilt).min())
+    cos = float(torch.nn.functional.cosine_similarity(rebuilt[0], rebuilt[1]).min())
     if not cos > 0.999:
         raise CheckpointError(f"what was written rebuilds differently (cosine {cos:.4f}): do not use it; write it with dtype=fp32")
     tokenizer, r = one.lens.tokenizer, one.lens.config.reconstructor
