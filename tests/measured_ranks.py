@@ -1,7 +1,8 @@
-"""Score and search on ranks that share a lens's weights, every rank with other texts; for :mod:`test_measure`. Prints JSON lines."""
+"""Score, search, evaluate and dump on ranks that share weights, every rank with other texts; for :mod:`test_measure`."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,13 @@ from pathlib import Path
 import torch
 from tiny_run import tiny_config
 
+from megalens.checkpoint.formats import load_lens
+from megalens.config import Config
+from megalens.data.dump import dump
 from megalens.data.loader import ActivationLoader
+from megalens.data.source import ContextReader
 from megalens.engine import build_engine, join_ranks, rank_and_size, shards_weights
+from megalens.evaluate.evaluation import evaluate
 from megalens.evaluate.measure import RowScorer, read_by_lens
 from megalens.explain.search import search_named
 from megalens.objective import build_lens
@@ -39,6 +45,30 @@ def measure(folder: Path, engine_name: str) -> None:
         (folder / f"{engine_name}-{part}.json").write_text(json.dumps({"texts": said.texts, **kept}))
     engine.barrier()
     engine.close()
+    use(folder, engine_name, config)
+
+
+def use(folder: Path, engine_name: str, config: Config) -> None:
+    """The commands' own work on a lens that nobody trains, and on the text."""
+    keys = {"engine": config.engine, "deepspeed": config.deepspeed}
+    lens = load_lens(folder / "outputs" / "tiny" / "best", **keys).lens
+    held_out = ActivationLoader(lens.config.activation_dir("val"), 1, 0)
+    result = evaluate(lens, held_out, lens.config, held_out.statistics, search_named("best_of:2"))
+    lens.ranks.close()
+    dumped = dataclasses.replace(lens.config, **keys)
+    dumped.activation_dumper = dataclasses.replace(
+        dumped.activation_dumper,
+        root=str(folder / f"dumped-{engine_name}"),
+        encoding="int8",
+        layers=[0, 1],
+        rows_per_shard=10,
+        batch_size=4,
+    )
+    dump(dumped)
+    statistics = ContextReader(dumped, "train").statistics
+    if lens.ranks.is_main:
+        kept = {"figures": result.figures, "documents": result.documents, "examples": result.examples, "mean": statistics.mean.tolist()}
+        (folder / f"{engine_name}-used.json").write_text(json.dumps(kept))
 
 
 if __name__ == "__main__":

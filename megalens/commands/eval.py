@@ -1,6 +1,7 @@
 """Measure a trained lens on held-out documents, beside every floor and ceiling, and write evaluation.json and report.html into its run.
 
 usage: megalens eval checkpoint=outputs/<run>/best [key=value ...]
+       torchrun --nproc_per_node N tools/eval.py checkpoint=... [engine=fsdp]   (ranks divide the rows; with engine=fsdp also the model)
 
   checkpoint=FOLDER               the lens: outputs/<run>/best, last, or one of outputs/<run>/checkpoints/
   evaluation.num_samples=N        held-out rows (-1: all)
@@ -9,6 +10,7 @@ usage: megalens eval checkpoint=outputs/<run>/best [key=value ...]
   evaluation.search_rows=N        held-out rows on which searches are compared (-1: all)
   evaluation.other_reader=FOLDER  another lens that reads the compared texts too, in place of the untouched subject
   device=cpu|cuda dtype=bf16|fp32 where and how to compute
+  engine=fsdp deepspeed=FILE      in shards, for a lens that fits in no process (docs/large.md); a checkpoint never says so itself
   trust_remote_code=true          run code that comes with the subject; a checkpoint never says so itself
 
 Other keys are those the lens was trained with (conf/config.yaml lists them all). Needs the run's validation dump (tools/dump_acts.py).
@@ -25,6 +27,9 @@ from megalens.checkpoint.formats import load_lens, read_config
 from megalens.config import Config
 from megalens.data.identity import model_identity
 from megalens.data.loader import ActivationLoader
+from megalens.device import resolve_device
+from megalens.engine import Ranks, join_ranks, shards_weights
+from megalens.engine.failure import told_once
 from megalens.evaluate import report
 from megalens.evaluate.evaluation import evaluate, training_statistics
 from megalens.evaluate.readers import SUBJECT, Reader, other_lens
@@ -38,8 +43,15 @@ def main(arguments: list[str]) -> None:
     parser = Arguments("megalens eval checkpoint=outputs/<run>/best")
     parser.add_argument("--checkpoint", type=Path, required=True)
     args, settings = parser.split(arguments)
-    folder = args.checkpoint
+    with told_once():
+        measure(args.checkpoint, settings)
+
+
+def measure(folder: Path, settings: list[str]) -> None:
+    """Measure a lens, and write and print what was found; every rank calls this."""
     config = read_config(folder, settings)
+    device = resolve_device(config.device)
+    join_ranks(device)
     search, *others = searches_named(config.evaluation.search)
     loader = ActivationLoader(config.activation_dir("val"), batch_size=1, seed=config.seed)
     loader.reader.check_matches(model_identity(config))
@@ -47,7 +59,12 @@ def main(arguments: list[str]) -> None:
     loader.reader.check_matches({"d": len(loaded.statistics.mean)})
     statistics, source = training_statistics(config, loaded)
     reader = reader_named(config, loaded.lens)
+    if not shards_weights(config):
+        loaded.lens.ranks = Ranks(device, config)
     result = evaluate(loaded.lens, loader, config, statistics, search, others=others, reader=reader)
+    loaded.lens.ranks.close()
+    if not loaded.lens.ranks.is_main:
+        return
     result.setting |= {"statistics": source, "checkpoint": folder.resolve().name, "trained": training_length(folder, config.batch_size)}
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))

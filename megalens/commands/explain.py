@@ -4,6 +4,7 @@ FVE: 1 is a perfect rebuild, 0 no better than the training mean.
 
 usage: megalens explain checkpoint=outputs/<run>/best "any text" [--json] [--html FILE] [search=best_of:8]
        [device=cpu|cuda] [dtype=bf16|fp32] [trust_remote_code=true]
+       torchrun --nproc_per_node N tools/explain.py ... engine=fsdp     (a lens that fits in no process: each holds its share)
 
   "any text"   the text; - reads it from the standard input; write -- before a text that looks like an option or a setting
   --json       print a JSON list of token, explanation, fve, search and reads instead of a table
@@ -20,19 +21,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from megalens import Lens
 from megalens.arguments import Arguments
+from megalens.checkpoint.formats import read_config
 from megalens.config import ConfigError
+from megalens.config.running import Fsdp
+from megalens.engine.failure import told_once
 from megalens.evaluate import EvaluationError, report
 from megalens.evaluate.table import align
 from megalens.evaluate.text import NO_TEXT, check_text
 from megalens.explain.search import search_named
+from megalens.launcher import rank
 from megalens.page.text import visible
 
-SETTINGS = ("device", "dtype", "model_name", "trust_remote_code")
+SETTINGS = ["device", "dtype", "model_name", "trust_remote_code", "engine", "deepspeed", *(f"fsdp.{field.name}" for field in fields(Fsdp))]
 EXAMPLE = 'megalens explain checkpoint=outputs/<run>/best "any text"'
 
 
@@ -48,13 +53,17 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{len(args.texts)} texts are given; quote one: {EXAMPLE}")
     (text,) = args.texts
     name = search_named(args.search).name
-    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
     if args.html is not None:
         check_page(args.html)
     text = standard_input() if text == "-" else text
     check_text(text)
-    lens = Lens.from_pretrained(args.checkpoint, **changes)
-    tokens = lens.explain(text, search=args.search)
+    with told_once():
+        changes = asdict(read_config(args.checkpoint, settings))
+        lens = Lens.from_pretrained(args.checkpoint, **changes)
+        tokens = lens.explain(text, search=args.search)
+        lens.module.ranks.close()
+    if rank():
+        return
     dumper = lens.module.config.activation_dumper
     trained = range(dumper.min_pos, dumper.seq_len)
     if args.html is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megalens.config import Config
 from megalens.engine.base import device_of, fill
-from megalens.engine.ranks import Ranks, join_alone
+from megalens.engine.ranks import Ranks, join_alone, join_ranks
 
 
 def shard_frozen(config: Config, module: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Ranks:
@@ -29,6 +29,7 @@ def shard_frozen(config: Config, module: nn.Module, weights: Mapping[str, Tensor
         ConfigError: a weight cannot be read, or the module cannot be sliced for ``fsdp.tensor_ranks``.
     """
     device = device_of(module)
+    join_ranks(device)
     join_alone(device)
     module.requires_grad_(False)
     if config.engine == "fsdp":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from megalens.config import Config
 from megalens.engine.state import EngineError
 from megalens.launcher import launched
 
+Batch = TypeVar("Batch", bound=Sized)
 Result = TypeVar("Result")
 
 
@@ -154,6 +155,18 @@ class Ranks:
                 mine[number] = result
         every = {number: result for part in self.gather(mine) for number, result in part.items()}
         return [every[number] for number in range(count)]
+
+    def divide_batches(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> list[Result]:
+        """:meth:`divide` for batches of one size but for a shorter last one, which comes in a turn of its own.
+
+        How often work calls what the ranks share may so depend on how many rows it is given.
+
+        Args:
+            batches: of what :func:`len` counts.
+        """
+        alike = sum(len(batch) == len(batches[0]) for batch in batches)
+        done = self.divide(alike, lambda number, _: work(batches[number]))
+        return done + self.divide(len(batches) - alike, lambda number, _: work(batches[alike + number]))
 
     def join_parts(self, parts: Tensor) -> None:
         """Put together on rank 0, in place, a tensor of which each rank has filled some parts and left the others 0; exact to the bit."""

@@ -74,7 +74,7 @@ def evaluate(
     others: Sequence[Search] = (),
     reader: Reader = SUBJECT,
 ) -> Result:
-    """Measure a lens on held-out rows; writes nothing.
+    """Measure a lens on held-out rows; writes nothing. Ranks that use the lens together divide the rows, and all get the result.
 
     Args:
         lens: with its subject.
@@ -97,7 +97,7 @@ def evaluate(
     was_training = lens.training
     lens.eval()
     steps = 2 * len(batches) + len(others) * len(searched_batches) + 1 + len(documents)
-    with tqdm(total=steps, desc="evaluate", unit="batch", disable=not progress) as bar:
+    with tqdm(total=steps, desc="evaluate", unit="batch", disable=not (progress and lens.ranks.is_main)) as bar:
         said = _explanations(lens, loader, batches, search, bar)
         other_texts = [said.texts[i] for i in partners(doc_ids)]
         rows, shorter = _row_statistics(lens, loader, batches, said, other_texts, statistics, options.prefixes, bar)
@@ -142,15 +142,18 @@ def training_statistics(config: Config, loaded: LoadedLens) -> tuple[ActivationS
 
 def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list[np.ndarray], search: Search, bar: tqdm) -> Said:
     """The explanation of every row."""
-    said = Said([], [])
-    for numbers in batches:
+
+    def explain(numbers: np.ndarray) -> Said:
         batch = loader.rows(numbers)
-        part = search(lens, batch["activation"], batch["sample_id"])
+        bar.update(lens.ranks.data_ranks)
+        return search(lens, batch["activation"], batch["sample_id"])
+
+    said = Said([], [])
+    for part in lens.ranks.divide_batches(batches, explain):
         said.texts += part.texts
         said.round_trips += part.round_trips
         said.unfinished += part.unfinished
         said.costs += part.costs
-        bar.update()
     return said
 
 
@@ -165,20 +168,23 @@ def _row_statistics(
     bar: tqdm,
 ) -> tuple[AllRows, dict[int, AllRows]]:
     """Per-row statistics of every source; and with the explanations' first tokens alone, of what depends on a text's length."""
-    parts: dict[int | None, dict[str, list]] = {count: {s: [] for s in (OF_LENGTH if count else SOURCES)} for count in (None, *prefixes)}
-    for numbers in batches:
+
+    def score(numbers: np.ndarray) -> list[AllRows]:
         batch = to_device(loader.rows(numbers), lens.mean.device)
-        mean_D = statistics.mean.to(batch["activation"])
+        mean_D, scorer, found = statistics.mean.to(batch["activation"]), RowScorer(lens, batch, statistics), []
         texts, other_texts = ([each[i] for i in numbers] for each in (said.texts, others))
-        score = RowScorer(lens, batch, statistics)
-        for count, of_sources in parts.items():
+        for count in (None, *prefixes):
             shown, count_B = first_tokens(lens, texts, count)
             given = Given(lens, batch, shown, other_texts, count_B.to(lens.mean.device), mean_D)
-            for name, statistics_of in of_sources.items():
-                statistics_of.append(score(SOURCES[name].rebuild(given)))
-        parts[None]["lens"][-1] |= said.rows(numbers, lens)
-        bar.update()
-    whole, *shorter = ({source: join(each) for source, each in of_sources.items()} for of_sources in parts.values())
+            found.append({source: scorer(SOURCES[source].rebuild(given)) for source in (OF_LENGTH if count else SOURCES)})
+        found[0]["lens"] |= said.rows(numbers, lens)
+        bar.update(lens.ranks.data_ranks)
+        return found
+
+    parts = lens.ranks.divide_batches(batches, score)
+    whole, *shorter = (
+        {source: join([each[source] for each in of_count]) for source in of_count[0]} for of_count in zip(*parts, strict=True)
+    )
     return whole, dict(zip(prefixes, shorter, strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megalens.evaluate.measure import Search, read_by_lens
 from megalens.evaluate.metrics import row_fve, row_statistics
@@ -43,19 +44,18 @@ def explain_ids(
     positions: list[int] | None = None,
 ) -> list[TokenExplanation]:
     """Explain positions of a token sequence in the order given; None: all, the first ones (attention sinks, which no lens was trained on)
-    included."""
+    included. Ranks that use the lens together divide them."""
     resid_CD = lens.subject.residual(torch.tensor([ids], device=lens.mean.device))[0].float()
     chosen = torch.tensor(range(len(ids)) if positions is None else positions, dtype=torch.long, device=resid_CD.device)
-    texts: list[str] = []
-    fve: list[float] = []
-    reads: list[int] = []
-    for position_B in chosen.split(batch_size):
+    tokens = pieces(lens.tokenizer, ids)
+
+    def explained(position_B: Tensor) -> list[TokenExplanation]:
         a_BD = resid_CD[position_B]
         said = search(lens, a_BD, position_B)
         rebuild = read_by_lens(lens, said.texts)
-        fve += row_fve(row_statistics(a_BD, rebuild.a_hat_BD, statistics, rebuild.failed_B)).tolist()
-        texts += said.texts
-        reads += [cost.reads for cost in said.costs] or [0] * len(said.texts)
-    tokens = pieces(lens.tokenizer, ids)
-    explained = zip(chosen.tolist(), texts, fve, reads, strict=True)
-    return [TokenExplanation(tokens[at], text, value, search.name, count) for at, text, value, count in explained]
+        fve = row_fve(row_statistics(a_BD, rebuild.a_hat_BD, statistics, rebuild.failed_B)).tolist()
+        reads = [cost.reads for cost in said.costs] or [0] * len(said.texts)
+        found = zip(position_B.tolist(), said.texts, fve, reads, strict=True)
+        return [TokenExplanation(tokens[at], text, value, search.name, count) for at, text, value, count in found]
+
+    return [each for part in lens.ranks.divide_batches(chosen.split(batch_size), explained) for each in part]

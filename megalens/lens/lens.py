@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from megalens import engine
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.families.adapters import adapter_start
@@ -34,6 +35,10 @@ class ConsistencyLens(nn.Module):
         mean_D, var_D: per-dimension mean and variance of the training activations.
         objective: what trains it (:class:`megalens.objective.Objective`); None: it is only used.
         to_train: False: keep no copy of the verbalizer as it is now, whatever the objective wants.
+
+    Attributes:
+        ranks: the processes that use it together, each with its shards or all of it; alone unless somebody who loads it sets them. An
+            engine that trains it has its own.
 
     Raises:
         ConfigError: ``layer_l`` is the last block while the activation enters there (no block above to speak).
@@ -60,6 +65,7 @@ class ConsistencyLens(nn.Module):
         if config.verbalizer.inject == "block" and config.layer_l + 1 >= subject.num_blocks:
             raise ConfigError(f"layer_l={config.layer_l} is the last block: no block above it can speak; set verbalizer.inject=embedding")
         self.config, self.subject, self.tokenizer, self.objective = config, subject, tokenizer, objective
+        self.ranks = engine.Ranks(subject.device)
         self.frame = Frame(config, tokenizer)
         mean_D, var_D = mean_D.to(subject.device), var_D.to(subject.device)
         self.register_buffer("mean", mean_D.float(), persistent=False)
@@ -120,13 +126,13 @@ class ConsistencyLens(nn.Module):
         A pure function of (seed, optimizer step, sample, draw): the same on any number of ranks.
 
         Args:
-            ranks: the processes that call this together; None: this one alone.
+            ranks: the processes that call this together; None: :attr:`ranks`.
         """
         c, end_id = self.config, self.verbalizer.end_id
         law = Law(c.rollouts.temperature, c.rollouts.top_p)
         draw_N = torch.arange(draws, device=sample_id_B.device).repeat(len(sample_id_B))
         keys = partial(noise_keys, c.seed, update, sample_id_B.repeat_interleave(draws), draw=draw_N)
-        found = self.verbalizer.sample(a_BD, keys, draws, law, ranks)
+        found = self.verbalizer.sample(a_BD, keys, draws, law, ranks or self.ranks)
         ids_BKT, log_prob_BKT = (x.unflatten(0, (-1, draws)) for x in (found.ids_NT, found.log_prob_NT))
         floor_BKT = None if found.floor_NT is None else found.floor_NT.unflatten(0, (-1, draws))
         length_N = torch.full_like(draw_N, c.t_text) if end_id is None else lengths_of(found.ids_NT, end_id)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megalens.batch import Batch
 from megalens.config import Config
 from megalens.device import resolve_device
-from megalens.engine import Ranks, join_ranks, shard_frozen, shards_weights
+from megalens.engine import Ranks, shard_frozen, shards_weights
 from megalens.families.adapters import adapter
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
@@ -219,7 +219,6 @@ def load_to_read(config: Config) -> tuple[Subject, Ranks]:
     if not shards_weights(config):
         subject = load_subject(config, config.layer_l)
         return subject, Ranks(subject.device)
-    join_ranks(resolve_device(config.device))
     subject = load_subject(config, config.layer_l, empty_blocks=True)
     return subject, shard_frozen(config, subject)
 

@@ -18,6 +18,7 @@ from megalens.checkpoint.formats import megalens_v1
 from megalens.checkpoint.formats.format import LoadedLens
 from megalens.config import Config, config_from_dict, config_to_dict
 from megalens.config.reading import kind_of
+from megalens.engine import shard_frozen, shards_weights
 from megalens.engine.state import OptimizerState, Part, copied, part_files
 from megalens.families.loading import subject_fingerprint
 from megalens.files import save_json, save_tensors
@@ -26,6 +27,7 @@ from megalens.statistics import ActivationStatistics
 
 FORMAT = "megalens-lens"
 VERSION = 2
+_NOT_TAKEN = ("trust_remote_code", "engine", "deepspeed", "fsdp")
 _STANDARD = ("standard_mean", "standard_var")
 
 
@@ -49,8 +51,10 @@ class Megalens:
 
         config, statistics = read_config(folder, **changes), read_statistics(folder)
         check_subject(folder, subject_fingerprint(config))
-        lens = build_lens(config, *read_standard(folder), to_train=False)
-        lens.load_lens_state(read_weights(folder))
+        lens = build_lens(config, *read_standard(folder), empty_blocks=shards_weights(config), to_train=False)
+        weights = lens.load_lens_state(read_weights(folder))
+        if shards_weights(config):
+            lens.ranks = shard_frozen(config, lens, weights)
         return LoadedLens(lens.eval(), statistics)
 
     def save(self, folder: Path, loaded: LoadedLens) -> None:
@@ -117,8 +121,8 @@ def read_about(folder: str | Path) -> dict:
 def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: Any) -> Config:
     """The configuration a checkpoint's lens was trained with.
 
-    Keys that it does not hold take their defaults; ``trust_remote_code`` always does, unless the caller gives it: a checkpoint may come
-    from anywhere and must not allow itself to run code.
+    Keys that it does not hold take their defaults. Unless the caller gives them, so do ``trust_remote_code`` (a checkpoint may come from
+    anywhere and must not allow itself to run code) and the engine: a lens that was trained in shards may fit where it is used.
 
     Args:
         arguments: ``key=value`` that are other here.
@@ -129,7 +133,7 @@ def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: An
         ConfigError: a value is refused.
     """
     about = read_about(folder)
-    saved = {key: value for key, value in about["config"].items() if key != "trust_remote_code"}
+    saved = {key: value for key, value in about["config"].items() if key not in _NOT_TAKEN}
     unknown = next(_unknown_keys(saved), None)
     if unknown is not None:
         writer, here = (found.get("megalens", "of an unknown version") for found in (about.get("versions", {}), versions()))
