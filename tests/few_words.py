@@ -4,9 +4,10 @@ import itertools
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from megalens.config import Config, Lora, Reconstructor, Verbalizer
+from megalens.families.adapters import adapter
 from megalens.objective import build_lens
 
 WORDS = ("end", "a", "b", "c", "d", "e")
@@ -14,14 +15,13 @@ WIDTH, LENGTH, END = 16, 2, 0
 
 
 def make_subject(folder):
-    """Save a Llama of two blocks over the words, and their tokenizer."""
+    """Save a GPT-2 of two blocks over the words (whose norms keep float64), and their tokenizer."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="end"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="end", eos_token="end").save_pretrained(folder)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(WORDS), **sizes, max_position_embeddings=64, initializer_range=0.3)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=WIDTH, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -60,8 +60,6 @@ def plain_log_p(lens, a_BD, ids_NT):
     """Log-probabilities ``[B, N, T, V]`` of every next word, from whole forward passes without a cache."""
     v, lm = lens.verbalizer, lens.subject.lm
     own, rows = {int(i): block for i, block in v.own.items()}, []
-    from megalens.families.adapters import adapter
-
     for a_D in a_BD:
         x = torch.cat([v.prompt().expand(len(ids_NT), -1, -1), lm.embed(ids_NT[:, :-1])], dim=1)
         positions = torch.arange(x.shape[1])[None]

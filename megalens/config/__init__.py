@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalens.config.fields import ConfigError, Schedule, Weight
-from megalens.config.method import Rollouts
+from megalens.config.method import Gates, Policy, Reward, Rollouts
 from megalens.config.reading import config_from_dict, config_to_dict, config_to_yaml, load_config
 from megalens.config.roles import (
     Lora,
@@ -30,14 +30,17 @@ __all__ = [
     "EarlyTermination",
     "Evaluation",
     "Fsdp",
+    "Gates",
     "Given",
     "Lora",
     "LrMultipliers",
     "LrScheduler",
+    "Policy",
     "Pretokenize",
     "Reconstructor",
     "ReconstructorRates",
     "Reference",
+    "Reward",
     "RoleLora",
     "Rollouts",
     "Schedule",

@@ -25,6 +25,9 @@ POSITIVE = (
     "evaluation.batch_size",
     "rollouts.draws",
     "rollouts.temperature",
+    "rollouts.inner_steps",
+    "rollouts.imitate_temperature",
+    "policy.clip",
     "validation.num_samples",
     "checkpoint.track_best_n",
     "fsdp.tensor_ranks",
@@ -46,6 +49,7 @@ NOT_NEGATIVE = (
     "grad_clip",
     "weight_decay",
     "gumbel_noise",
+    "rollouts.norm_anchor",
     "activation_dumper.min_pos",
     "dataset.min_words",
     "validation.num_examples",
@@ -89,6 +93,7 @@ def validate(config: Config) -> None:
         _check_schedule(key, schedule)
     _check_loss(config)
     _check_text(config)
+    _check_rollouts(config)
     _check_data(config)
     _check_engine(config)
 
@@ -136,7 +141,6 @@ def _check_numbers(config: Config) -> None:
     _require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), f"betas={config.betas} must be two numbers in [0, 1)")
     for key in ("lora.dropout", "verbalizer.lora.dropout", "reconstructor.lora.dropout"):
         _require(0 <= (_get(config, key) or 0) < 1, f"{key}={_get(config, key)} must lie in [0, 1)")
-    _require(0 < config.rollouts.top_p <= 1, f"rollouts.top_p={config.rollouts.top_p} must lie in (0, 1]")
     _require(0 < config.dataset.val_fraction < 1, f"dataset.val_fraction={config.dataset.val_fraction} must lie between 0 and 1")
     _require(
         config.max_train_steps is not None or config.num_train_epochs > 0,
@@ -203,6 +207,22 @@ def _check_given(config: Config) -> None:
         "given.path needs tail_order=forward: a given text is read in the order in which it is said",
     )
     _require(config.given.path is None or not config.mix, "given.path cannot be joined to a mixture; leave mix empty")
+
+
+def _check_rollouts(config: Config) -> None:
+    options, reward = config.rollouts, config.reward
+    for key, share in (("rollouts.top_p", options.top_p), ("rollouts.read_share", options.read_share)):
+        _require(0 < share <= 1, f"{key}={share} must lie in (0, 1]")
+    if any(config.terms.get(name) for name in ("policy", "imitate")):
+        earned = (reward.direction, reward.mse, reward.log_mse, reward.kl, reward.language)
+        _require(
+            any(earned), "every weight of the reward is 0; set reward.direction, reward.mse, reward.log_mse, reward.kl or reward.language"
+        )
+    if config.terms.get("policy"):
+        _require(options.draws > 1, "terms.policy compares the texts of an activation; set rollouts.draws=2 or more")
+        own = config.verbalizer.lora.dropout
+        dropout = config.lora.dropout if own is None else own
+        _require(dropout == 0, "terms.policy must score what was sampled; set lora.dropout=0 (or verbalizer.lora.dropout=0)")
 
 
 def _check_data(config: Config) -> None:

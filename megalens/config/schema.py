@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalens.config.fields import Schedule, Weight, WithWeights, as_weight, setting, weight
-from megalens.config.method import Rollouts
+from megalens.config.method import Gates, Policy, Reward, Rollouts
 from megalens.config.roles import Lora, LrMultipliers, LrScheduler, Reconstructor, Reference, Verbalizer
 from megalens.config.running import Checkpoint, EarlyTermination, Evaluation, Fsdp, Validation, Wandb
 from megalens.config.text import ActivationDumper, Dataset, Given, Pretokenize
@@ -85,6 +85,9 @@ class Config(WithWeights):
     tail_read_weight: Weight = weight(0.0, "warm start: mse of the reconstructor reading the context's tail")
     terms: dict[str, Weight] = setting({}, "weights of further terms of the objective, by name (docs/extending.md)")
     rollouts: Rollouts = setting(Rollouts(), "sampled texts (docs/rollouts.md)")
+    reward: Reward = setting(Reward(), "what a sampled text is worth")
+    policy: Policy = setting(Policy(), "the policy's gradient")
+    gates: Gates = setting(Gates(), "warnings of a training on rollouts")
     tail_order: str = setting(
         "last_first",
         "order of an explanation: forward, or last_first (the token at P is said first, then what leads up to it; it is read last)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Prefix:
         position_B1 = self.position_B[:, None]
         key_positions = torch.cat([self.key_positions_BK, position_B1], dim=1)
         return lm.run(hidden_BD[:, None], self.first, len(lm.blocks), position_B1, key_positions, self.cache.fork())[:, 0]
+
+    def repeated(self, times: int) -> Prefix:
+        """Each row so many times, side by side. What is kept of a row is kept once."""
+        position_B, key_positions_BK = (x.repeat_interleave(times, 0) for x in (self.position_B, self.key_positions_BK))
+        return replace(self, position_B=position_B, key_positions_BK=key_positions_BK)
 
 
 def read_prefix(lm: CausalLM, hidden_SCD: Tensor, first: int, position_B: Tensor, rows_B: Tensor | None = None) -> tuple[Tensor, Prefix]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,6 +120,19 @@ class Frame:
         spans = [self._span(ids[:length]) if length < len(ids) else None for ids, length in rows]
         first_B, stop_B = torch.tensor([span or (0, 0) for span in spans], device=ids_BT.device).unbind(1)
         return Explained(stop_B - first_B, first_B, stop_B == first_B)
+
+    def says_nothing(self, ids_NT: Tensor, count_N: Tensor) -> Tensor:
+        """Which texts hold nothing but white space and special tokens among their first ``count`` tokens ``[N]``."""
+        if ids_NT.is_meta:
+            return torch.zeros_like(count_N, dtype=torch.bool)
+        blank_NT = self._blank_V.to(ids_NT.device)[ids_NT.clamp_max(len(self._blank_V) - 1)]
+        return (blank_NT | (torch.arange(ids_NT.shape[1], device=ids_NT.device) >= count_N[:, None])).all(1)
+
+    @cached_property
+    def _blank_V(self) -> Tensor:
+        """Which tokens show nothing; the last entry is for ids that the tokenizer has not."""
+        shown = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))], skip_special_tokens=True)
+        return torch.tensor([*(not text.strip() for text in shown), True])
 
     def explanation(self, text: str) -> str:
         """What stands between the tags of a finished text, stripped; empty where it has failed. Without tags, the text."""

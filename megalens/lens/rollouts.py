@@ -24,7 +24,7 @@ class Rollouts:
         law: the temperature and the nucleus.
         floor_BKT: of each nucleus (:func:`megalens.ops.sample_nucleus`); None where nothing was cut off.
         ends: is there an end token?
-        tokens_per_text: mean number of :attr:`said_BKT` of a text over all of an optimizer step, on all ranks; None: of these.
+        tokens_per_text: mean number of :attr:`said_BKT` of a text over all of an optimizer step, on all ranks; None: T.
         figures: scalars to log: what is known of the step's texts without reading them.
     """
 
@@ -55,14 +55,16 @@ def divided(parts: Sequence[Rollouts], rows: Sequence[int], ranks: Ranks) -> lis
         name: torch.cat([getattr(part, name) for part in parts]) for name in names if getattr(parts[0], name) is not None
     }
     of_step = replace(parts[0], **whole)
+    if of_step.ids_BKT.is_meta:  # shapes alone: nothing to count
+        return [replace(of_step, **{name: value[:count] for name, value in whole.items()}) for count in rows]
     texts_NT, length = of_step.ids_BKT.flatten(0, 1), of_step.lengths_BK.double().mean()
     figures = {
-        "distinct": torch.tensor(len(texts_NT.unique(dim=0)) / len(texts_NT)),
-        "length": length,
-        "unfinished": 1.0 - of_step.finished_BK.double().mean(),
+        "rollout_distinct": torch.tensor(len(texts_NT.unique(dim=0)) / len(texts_NT)),
+        "rollout_length": length,
+        "rollout_unfinished": 1.0 - of_step.finished_BK.double().mean(),
     }
     tokens = float(of_step.said_BKT.sum()) / len(texts_NT)
-    if of_step.ends:
+    if of_step.ends:  # else all have as many
         tokens = ranks.reduce_mean({"tokens": tokens})["tokens"]
     pieces = {name: value.split(list(rows)) for name, value in whole.items()}
     return [

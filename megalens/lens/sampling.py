@@ -95,7 +95,8 @@ def sample(v: Verbalizer, a_BD: Tensor, keys: Callable[[int], Tensor], draws: in
             scores[0] = scores[0].masked_fill(ended_N, 0.0)
             ended_N = ended_N | (ids_N == v.end_id)
         said.append([ids_N, *scores])
-        if t + 1 == v.t_text or (v.end_id is not None and (t + 1) % CHECK_EVERY == 0 and not ranks.any(not bool(ended_N.all()))):
+        looks = v.end_id is not None and (t + 1) % CHECK_EVERY == 0 and not ended_N.is_meta
+        if t + 1 == v.t_text or (looks and not ranks.any(not bool(ended_N.all()))):
             break
         hidden_ND = v._append((embeds_ND * v.lm.embed_scale).to(v.lm.dtype)[:, None], t, cache)[:, 0]
     fields = [torch.stack(field, 1) for field in zip(*said, strict=True)]

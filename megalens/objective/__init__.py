@@ -12,12 +12,14 @@ from megalens.lens.subject import load_subject
 from megalens.objective.anchor import ReferenceKl
 from megalens.objective.base import Objective, Pass, Term
 from megalens.objective.given import Read, Say, TailRead, TailSay
+from megalens.objective.imitate import Imitate, RolloutRead
+from megalens.objective.policy import Policy
 from megalens.objective.round_trip import Entropy, FunctionalKl, LanguageKl, Mse
 from megalens.objective.step import Step
 
 __all__ = ["TERMS", "Objective", "Pass", "Step", "Term", "build_lens"]
 
-TERMS: list[type[Term]] = [TailSay, TailRead, Say, Read, Mse, Entropy, FunctionalKl, LanguageKl, ReferenceKl]
+TERMS: list[type[Term]] = [TailSay, TailRead, Say, Read, Mse, Entropy, FunctionalKl, LanguageKl, Policy, Imitate, RolloutRead, ReferenceKl]
 """Every term there is, in the order in which they are computed. A new one is registered here."""
 
 

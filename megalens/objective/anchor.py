@@ -14,10 +14,9 @@ class ReferenceKl(Term):
     name, needs, draws = "reference_kl", frozenset({"rollouts", "reference"}), 1
 
     def __call__(self, made: Pass) -> Tensor:
-        ids_BKT, settings = made.rollouts.ids_BKT, made.config.reference
-        a_ND, ids_NT = made.activation_BD.repeat_interleave(ids_BKT.shape[1], 0), ids_BKT.flatten(0, 1)
-        said_NT = made.lens.verbalizer.log_prob_of(a_ND, ids_NT)
-        kl_NT = sampled_kl(said_NT, made.lens.reference_log_prob(a_ND, ids_NT), settings.estimator, settings.clamp)
+        ids_NT, settings = made.rollouts.ids_BKT.flatten(0, 1), made.config.reference
+        said_NT = made.log_prob_BKT.flatten(0, 1)
+        kl_NT = sampled_kl(said_NT, made.lens.reference_log_prob(made.activation_BD, ids_NT), settings.estimator, settings.clamp)
         return mean_of_texts(kl_NT, made.rollouts.lengths_BK.flatten())
 
 

@@ -18,11 +18,13 @@ from megalens.config import Config, ConfigError
 from megalens.config.rules import schedules
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.rollouts import Rollouts, divided
-from megalens.lens.sampling import Alone, Ranks
+from megalens.lens.sampling import ITS_OWN, Alone, Ranks
 from megalens.lens.subject import Read
 from megalens.lens.text import Text
-from megalens.objective.functions import weighted_sum
+from megalens.objective.functions import token_mean, weighted_sum
+from megalens.objective.reward import Judged, judge
 from megalens.objective.step import Step
+from megalens.ops import LogProb
 
 NEEDS = ("read", "tails", "given", "text", "rebuild", "rollouts", "reference")
 
@@ -38,6 +40,7 @@ class Term(ABC):
         free: is it measured at weight 0 too, where other terms need the same?
         trains_text: does its gradient go through the soft text into the verbalizer?
         draws: how many rollouts of each activation it wants.
+        reads_rollouts: does the reconstructor learn from them?
     """
 
     name: str
@@ -45,6 +48,7 @@ class Term(ABC):
     free = False
     trains_text = False
     draws = 0
+    reads_rollouts = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -69,13 +73,17 @@ class Pass:
     Args:
         terms: those that ask.
         rollouts: what :meth:`Objective.rollout` sampled for this batch, where a term wants it.
+
+    Attributes:
+        figures: scalars to log beside the terms, which they add to.
     """
 
     def __init__(self, lens: ConsistencyLens, batch: Batch, at: Step, terms: Sequence[Term], rollouts: Rollouts | None = None):
         self.lens, self.batch, self.at, self.config = lens, batch, at, lens.config
         self._needs = frozenset().union(*(term.needs for term in terms))
         self._trains_text = any(term.trains_text for term in terms)
-        self._rollouts = rollouts
+        self._rollouts, self._reads_rollouts = rollouts, any(term.reads_rollouts for term in terms)
+        self.figures: dict[str, Tensor] = {} if rollouts is None else dict(rollouts.figures)
 
     @cached_property
     def activation_BD(self) -> Tensor:
@@ -125,6 +133,38 @@ class Pass:
             raise ValueError("a term wants rollouts and was given none; it must say draws > 0 and need 'rollouts'")
         return self._rollouts
 
+    @cached_property
+    def said(self) -> LogProb:
+        """Log-probability and entropy of the rollouts' tokens under the law they were sampled by ``[B, K, T]``, with gradient."""
+        r = self.rollouts
+        floor_NT = None if r.floor_BKT is None else r.floor_BKT.flatten(0, 1)
+        found = self.lens.verbalizer.score(self.activation_BD, r.ids_BKT.flatten(0, 1), r.law, floor_NT)
+        return LogProb(*(x_NT.view(r.ids_BKT.shape) for x_NT in found))
+
+    @cached_property
+    def log_prob_BKT(self) -> Tensor:
+        """Log-probability of the rollouts' tokens under the verbalizer's own distribution, with gradient."""
+        if self.rollouts.law == ITS_OWN:
+            return self.said.log_prob
+        return self.lens.verbalizer.log_prob_of(self.activation_BD, self.rollouts.ids_BKT.flatten(0, 1)).view(self.rollouts.ids_BKT.shape)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """What the rollouts are worth."""
+        return judge(self, self._reads_rollouts)
+
+    @torch.no_grad()
+    def gap(self) -> Tensor:
+        """How much less likely the rollouts are, in nats per token, where the verbalizer is given the mean activation in place of its own.
+
+        The mean is what is zero once it is standardised. At a gap of 0 the texts say nothing of their activation. The first draw of each
+        activation tells.
+        """
+        r, mean_BD = self.rollouts, self.lens.mean.to(self.activation_BD).expand_as(self.activation_BD)
+        ids_BT, real_BT, said_BT = r.ids_BKT[:, 0], r.log_prob_BKT[:, 0], r.said_BKT[:, 0]
+        floor_BT = None if r.floor_BKT is None else r.floor_BKT[:, 0]
+        return token_mean(real_BT - self.lens.verbalizer.score(mean_BD, ids_BT, r.law, floor_BT).log_prob, said_BT)
+
 
 class Objective:
     """The weighted sum of terms.
@@ -163,7 +203,7 @@ class Objective:
         return max((term.draws for term in self.terms if term.weight(at)), default=0)
 
     def __call__(self, lens: ConsistencyLens, batch: Batch, at: Step, rollouts: Rollouts | None = None) -> dict[str, Tensor]:
-        """The ``loss`` of a micro-batch and, detached, every term that was computed.
+        """The ``loss`` of a micro-batch and, detached, every term that was computed and what there is to log of its rollouts.
 
         A lens that is measured, not trained, leaves out the terms on given texts where the batch has none; without other terms there
         is no loss then.
@@ -182,7 +222,9 @@ class Objective:
         needs = frozenset().union(*(term.needs for term in asked))
         made = Pass(lens, batch, at, asked, rollouts)
         values = {term.name: term(made) for term in self.terms if term in asked or (term.free and term.needs <= needs)}
-        return {"loss": weighted_sum(values, weights)} | {name: value.detach() for name, value in values.items()}
+        if rollouts is not None and self.config.gates.gap is not None:
+            made.figures["rollout_gap"] = made.gap()
+        return {"loss": weighted_sum(values, weights)} | {name: value.detach() for name, value in (values | made.figures).items()}
 
     @torch.no_grad()
     def rollout(self, lens: ConsistencyLens, batches: Sequence[Batch], at: Step, ranks: Ranks | None = None) -> list[Rollouts]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalens.families.causal_lm import CausalLM
+from megalens.ops import vocab_kl
+
 
 def relative_mse(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:
     """``|a - a_hat|^2 / |a|^2``, mean over rows; 1 for a rebuild of zero."""
@@ -29,6 +32,11 @@ def kl_from_logits(p_logits_BV: Tensor, q_logits_BV: Tensor) -> Tensor:
     """KL(p || q) per row, in nats."""
     p, q = p_logits_BV.log_softmax(-1), q_logits_BV.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
+
+
+def next_token_kl(lm: CausalLM, p_ND: Tensor, q_ND: Tensor) -> Tensor:
+    """KL(p || q) per row ``[N]``, in nats, of next-token distributions given by normed hidden states."""
+    return lm.vocabulary(lambda out, _, bias: vocab_kl(p_ND, q_ND, out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap))
 
 
 def resample_error(a_BD: Tensor, a_hat_BD: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from megalens.config import Config
-from megalens.families.causal_lm import CausalLM
 from megalens.objective.base import Pass, Term
-from megalens.objective.functions import relative_mse, resample_error, token_mean
+from megalens.objective.functions import next_token_kl, relative_mse, resample_error, token_mean
 from megalens.objective.step import Step
-from megalens.ops import vocab_kl
 
 
 class Mse(Term):
@@ -68,8 +66,3 @@ class LanguageKl(Term):
         plain_BTD = subject.next_states(made.lens.plain_ids, text.ids_BT)
         kl_N = next_token_kl(subject.lm, text.normed_BTD.flatten(0, 1), plain_BTD.flatten(0, 1))
         return token_mean(kl_N.view(text.ids_BT.shape), text.drawn_BT)
-
-
-def next_token_kl(lm: CausalLM, p_ND: Tensor, q_ND: Tensor) -> Tensor:
-    """KL(p || q) per row ``[N]``, in nats, of next-token distributions given by normed hidden states."""
-    return lm.vocabulary(lambda out, _, bias: vocab_kl(p_ND, q_ND, out, out, p_bias=bias, q_bias=bias, softcap=lm.softcap))

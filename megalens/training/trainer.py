@@ -120,7 +120,11 @@ class Trainer:
         torch.manual_seed(((self.config.seed << 40) + (step << 12) + self.engine.data_rank) % 2**63)  # dropout, the same after a resume
         at = self._at(step)
         self.engine.set_rates(self._rates(step, at))
-        metrics = self.engine.train_step(batches, at, self.engine.sample(batches, at))
+        rollouts = self.engine.sample(batches, at)
+        for _ in range(1 if rollouts is None else self.config.rollouts.inner_steps):
+            metrics = self.engine.train_step(batches, at, rollouts)
+            if metrics["skipped"]:
+                break
         self.progress.step += self.clock.steps_per_update
         if metrics.pop("skipped"):
             self._skip(metrics)
