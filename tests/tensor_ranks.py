@@ -62,6 +62,9 @@ def main(folder: Path) -> None:
     for kind in CASES:
         lens, engine = build(folder, kind, tensor_ranks=2)
         metrics, place = [], folder / f"{kind}-saved"
+        limit, engine.config.grad_limit = engine.config.grad_limit, 1e-6  # a step that is skipped leaves the others as they are
+        skipped = engine.train_step([share(batches()[0], *data_share(engine.config))], at(engine, 0))["skipped"]
+        engine.config.grad_limit = limit
         for update, batch in enumerate(batches()[:STEPS]):
             metrics.append(engine.train_step([share(batch, *data_share(engine.config))], at(engine, update)))
         weights = engine.full_state(lens.lens_state_names())
@@ -77,7 +80,7 @@ def main(folder: Path) -> None:
         engine.close()
         if engine.is_main:
             save_file(weights, place / "lens.safetensors")
-            seen = {"metrics": [*metrics, last], "texts": texts, "decode": decode, "sums": sums}
+            seen = {"metrics": [*metrics, last], "skipped": skipped, "texts": texts, "decode": decode, "sums": sums}
             (place / "seen.json").write_text(json.dumps(seen))
     leave_ranks()
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class FakeLens(nn.Module):
         y = self.head(torch.tanh(self.base(x)) + self.prompt.mean(0))
         if at.update % 2:
             y = y + self.adapter(x)
-        mse = (y - x).float().square().mean() + 0 * batch["spoil"].mean() * y.sum()
+        mse = (y - x).float().square().mean() + (batch["spoil"] * (y - y.detach()).float().sum(1)).mean()  # a gradient, no loss
         return {"loss": mse, "mse": mse.detach()}
 
     def parameter_groups(self):
@@ -142,8 +143,8 @@ def test_the_gradients_norm_takes_no_copy_of_it_and_is_exact():
     assert allocated_by(engine._norm) < 1.1 * 8 * PART  # one part in float64, of eight in float32
 
 
-@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
-def test_step_that_is_not_finite_changes_nothing_and_is_counted(spoil):
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 1e19, 1e9])
+def test_step_that_is_not_finite_or_absurd_changes_nothing_and_is_counted(spoil):
     engine = make_engine()
     engine.train_step([make_batch(0)], At(0))
     before, state = engine.full_state(NAMES), copy.deepcopy(engine.optimizer.state_dict())
@@ -152,6 +153,11 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(spoil):
     assert all(torch.equal(before[name], value) for name, value in engine.full_state(NAMES).items())
     assert engine.optimizer.state_dict()["state"][0]["step"] == state["state"][0]["step"]
     assert engine.train_step([make_batch(3)], At(2))["skipped"] == 0
+
+
+def test_the_limit_of_a_gradient_is_a_setting():
+    assert make_engine(grad_limit=1e13).train_step([make_batch(1, spoil=1e9)], At(1))["skipped"] == 0
+    assert make_engine(grad_limit=1e-3).train_step([make_batch(1)], At(1))["skipped"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,13 +249,13 @@ ENGINES = ["None", "z1", "z2", "z3", "z3_offload", "fsdp", "fsdp_offload"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Six updates of one process, by dtype."""
+    """Seven updates of one process, by dtype."""
     import engine_ranks
 
     result = {}
     for dtype in ("fp32", "bf16"):
         engine = engine_ranks.make_engine(None, dtype)
-        result[dtype] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(6)])
+        result[dtype] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(7)])
     result["rest"], _ = engine_ranks.rest(None, tmp_path_factory.mktemp("resting"))
     engine = engine_ranks.make_engine(None, "fp32", optimizer="sgd")
     result["sgd"] = engine_ranks.finish(engine, [engine_ranks.step(engine, update) for update in range(4)])
@@ -264,7 +270,7 @@ def together(tmp_path_factory):
     return json.loads((folder / "seen-2.json").read_text())
 
 
-def assert_same_training(one, other, rel, last=6):
+def assert_same_training(one, other, rel, last=7):
     for mine, theirs in zip(one["metrics"][-last:], other["metrics"][-last:], strict=True):
         assert mine["skipped"] == theirs["skipped"]
         if not mine["skipped"]:
@@ -275,8 +281,12 @@ def assert_same_training(one, other, rel, last=6):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_train_as_one_process_does(alone, together, engine):
-    """Also where a parameter gets a gradient in every other step only, and a loss is not finite on one rank of two."""
-    assert [m["skipped"] for m in together[f"fp32 {engine}"]["metrics"]] == [0, 0, 0, 1, 0, 0]
+    """Also where a parameter gets a gradient in every other step only, and a loss is not finite, or a gradient absurd, on one rank."""
+    for dtype in ("fp32", "bf16"):
+        assert [m["skipped"] for m in together[f"{dtype} {engine}"]["metrics"]] == [0, 0, 0, 1, 1, 0, 0]
+    absurd = together[f"fp32 {engine}"]["metrics"][4]["grad_norm"]
+    assert absurd == pytest.approx(alone["fp32"]["metrics"][4]["grad_norm"], rel=1e-5)
+    assert 1e9 < absurd < math.inf
     assert_same_training(together[f"fp32 {engine}"], alone["fp32"], 1e-5)
 
 
@@ -293,7 +303,7 @@ def test_bf16_on_two_ranks_trains_as_one_process_does(alone, together, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_one_engine_saved_another_goes_on_from(alone, together, engine):
     following = ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
-    assert_same_training(together[f"{engine} then {following}"], alone["fp32"], 1e-5, last=3)
+    assert_same_training(together[f"{engine} then {following}"], alone["fp32"], 1e-5, last=4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -91,6 +91,8 @@ def files_of_settings(draw) -> bytes:
 
 @fuzzed(150)
 @given(files_of_settings())
+@example(b"dataset: 1e-05\ndataset.split_seed: true")
+@example(b"dataset.name.x: 1\ndataset.name: a")
 def test_a_settings_file_is_taken_or_refused_with_its_name(place, data):
     path = place / "mine.yaml"
     path.write_bytes(data)

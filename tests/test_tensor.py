@@ -31,6 +31,7 @@ def test_sliced_lens_is_trained_as_by_one_process_and_goes_on_there(sliced, kind
     batches = tensor_ranks.batches()
     for update, (batch, theirs) in enumerate(zip(batches[: tensor_ranks.STEPS], seen["metrics"], strict=False)):
         assert theirs == pytest.approx(engine.train_step([batch], tensor_ranks.at(engine, update)), rel=1e-5)
+    assert seen["skipped"] == 1
     saved = load_file(sliced / f"{kind}-saved" / "lens.safetensors")
     for name, value in engine.full_state(lens.lens_state_names()).items():
         assert (saved[name] - value).norm() <= 1e-3 * value.norm(), name  # AdamW's first steps divide what is next to nothing by itself

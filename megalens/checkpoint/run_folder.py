@@ -41,7 +41,9 @@ class RunFolder:
         return link.resolve() if (link / "trainer.json").is_file() else None
 
     def tidy(self) -> str | None:
-        """Remove what a killed save left, and set the links to what the last checkpoint knows.
+        """Remove what a killed save left half done, and set the links to what the last checkpoint knows.
+
+        Whole checkpoints stay until the next save: nothing is removed before a training has gone on from the last one.
 
         Where there are checkpoints but no ``last`` (many tools leave out links as they copy), the newest whole one becomes it, and none is
         removed.
@@ -60,7 +62,7 @@ class RunFolder:
         if not (self.checkpoints / last.name).is_dir():
             mend = f"link it to one of them, start from that lens with init_from, or {_ANEW}"
             raise CheckpointError(f"{self.folder / 'last'} leads to {last}, which is none of the run's checkpoints; {mend}")
-        self._link(last.name, *self._progress(last))
+        self._point(last.name, self._best(last))
         return None
 
     def clear(self) -> bool:
@@ -153,17 +155,16 @@ class RunFolder:
         self._sweep()
 
     @staticmethod
-    def _progress(folder: Path) -> tuple[list[str], list[str]]:
-        """Names of the best checkpoints and of those that are kept for good, as a checkpoint knows them."""
+    def _best(folder: Path) -> list[str]:
+        """Names of the best checkpoints, as a checkpoint knows them."""
         path = folder / "trainer.json"
         progress = read_json(path).get("progress")
         if not isinstance(progress, dict):
             raise CheckpointError(f"{path} does not tell where the training stands: copy it anew, or {_ANEW}")
         try:
-            best, kept = ([str(name) for _, name in progress.get(key, [])] for key in ("best", "kept"))
+            return [str(name) for _, name in progress.get("best", [])]
         except (TypeError, ValueError):
-            raise CheckpointError(f"{path} lists best and kept checkpoints as no training does: copy it anew, or {_ANEW}") from None
-        return best, kept
+            raise CheckpointError(f"{path} lists the best checkpoints as no training does: copy it anew, or {_ANEW}") from None
 
     def _find_last(self) -> str | None:
         """Link to the newest whole checkpoint, where there is no last one; tells which, and what was passed over."""
@@ -174,7 +175,7 @@ class RunFolder:
                     if not (path / name).is_file():
                         raise CheckpointError(f"{path / name} is missing")
                 check_checkpoint(path)
-                best, _ = self._progress(path)
+                best = self._best(path)
             except CheckpointError as error:
                 damaged[path] = str(error).partition(";")[0]
                 continue

@@ -144,14 +144,15 @@ def _unfolded(values: dict, path: str) -> dict:
     result: dict = {}
     for key, value in values.items():
         *sections, last = str(key).split(".") if kind_of(str(key)) is not None else [key]
-        place = result
+        place: Any = result
         for section in sections:
-            place = place.setdefault(section, {})
+            place = place.setdefault(section, {}) if isinstance(place, dict) else place
         value = _unfolded(value, path) if isinstance(value, dict) else value
-        both = last in place and isinstance(place, dict) and isinstance(place[last], dict) and isinstance(value, dict)
-        if not isinstance(place, dict) or (last in place and not (both and not place[last].keys() & value.keys())):
+        there = place.get(last) if isinstance(place, dict) else None
+        both = isinstance(there, dict) and isinstance(value, dict)
+        if not isinstance(place, dict) or (last in place and not (both and not there.keys() & value.keys())):
             raise ConfigError(f"{path}: {key} is given twice, once as a section and once with a dot; leave one of the two out")
-        place[last] = place[last] | value if both else value
+        place[last] = there | value if both else value
     return result
 
 

@@ -16,6 +16,7 @@ POSITIVE = (
     "batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "grad_limit",
     "lora.r",
     "activation_dumper.seq_len",
     "activation_dumper.batch_size",

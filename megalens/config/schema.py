@@ -64,6 +64,9 @@ class Config(WithWeights):
     weight_decay: float = setting(0.0, "its weight decay")
     betas: list[float] = setting([0.9, 0.95], "AdamW's betas")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    grad_limit: float = setting(
+        1e8, "a step whose gradient norm (before clipping) is above this or not finite is skipped; 50 in a row end the training"
+    )
     lr_scheduler: LrScheduler = setting(LrScheduler(), "learning rate over the training")
     lr_multipliers: LrMultipliers = setting(
         LrMultipliers(), "factors on learning_rate by group: numbers, or schedules as of gumbel_tau_schedule (0: frozen for the time)"

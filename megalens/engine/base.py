@@ -61,7 +61,8 @@ class Engine(Ranks, ABC):
 
         Returns:
             the module's scalars averaged over ranks and micro-batches, ``grad_norm`` (before clipping) and ``skipped``: 1 when the
-            loss or a gradient of any rank was not finite, in which case no rank has changed a weight.
+            loss or a gradient of any rank was not finite, or the gradient's norm beyond ``config.grad_limit``, in which case no rank
+            has changed a weight.
         """
 
     @property
@@ -141,6 +142,10 @@ class Engine(Ranks, ABC):
         return Part(tensors, self.rank, count)
 
     # ------------------------------------------------------------------------------------------------- for some engines
+
+    def _is_sound(self, loss: float, norm: float) -> bool:
+        """May a step be taken with this loss and gradient norm, both of all ranks? The one rule of every engine."""
+        return math.isfinite(loss) and norm <= self.config.grad_limit  # a norm that is no number is not below it
 
     def _backward(self, batches: Sequence[Batch], at: Any, rollouts: list[Any] | None) -> dict[str, Tensor]:
         """Forward and backward of micro-batches by PyTorch alone; the module's scalars averaged over them, float64, on this rank."""

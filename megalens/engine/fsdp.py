@@ -79,10 +79,10 @@ class FsdpEngine(Engine):
             gradients[name].zero_()
         self._agree(gradients)
         norm = self._norm(gradients)
-        finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
-        if finite:
+        sound = self._is_sound(metrics["loss"], norm.item())
+        if sound:
             self._update(gradients, norm)
-        return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
+        return metrics | {"grad_norm": norm.item(), "skipped": float(not sound)}
 
     def _update(self, gradients: dict[str, Tensor], norm: Tensor) -> None:
         clip = (self.config.grad_clip / (norm + 1e-6)).clamp_max(1.0).item() if self.config.grad_clip else 1.0

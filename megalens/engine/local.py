@@ -52,10 +52,10 @@ class LocalEngine(Engine):
         for name in self.resting:
             self.gradients[name].zero_()
         norm = self._norm()
-        finite = torch.isfinite(norm).item() and torch.isfinite(torch.tensor(metrics["loss"])).item()
-        if finite:
+        sound = self._is_sound(metrics["loss"], norm.item())
+        if sound:
             self._update(norm)
-        return metrics | {"grad_norm": norm.item(), "skipped": float(not finite)}
+        return metrics | {"grad_norm": norm.item(), "skipped": float(not sound)}
 
     def _norm(self) -> Tensor:
         """Of the gradient, in float64 (a float32 sum on a CPU is wrong by 6e-4 of 10M values), which is never there as a whole."""

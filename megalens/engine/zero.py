@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
                 deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
         self.engine, self.sharded, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(config, chosen, fused=True),
+            optimizer=self._within_limit(build_optimizer(config, chosen, fused=True)),
             config=settings,
             dist_init_required=False,
         )
@@ -67,9 +67,9 @@ class ZeroEngine(Engine):
             self.engine.backward(loss if math.isfinite(loss.item()) else loss * math.nan)
             self.engine.step()
         self._forget_gradients()
-        skipped = not self.engine.was_step_applied()
-        norm = float(self.engine.get_global_grad_norm())
-        return self.reduce_mean(total) | {"grad_norm": norm, "skipped": float(skipped)}
+        norm, means = float(self.engine.get_global_grad_norm()), self.reduce_mean(total)
+        sound = self.engine.was_step_applied() and self._is_sound(means["loss"], norm)
+        return means | {"grad_norm": norm, "skipped": float(not sound)}
 
     @property
     def optimizer_groups(self) -> list[dict]:
@@ -121,6 +121,17 @@ class ZeroEngine(Engine):
     @property
     def _is_stage_3(self) -> bool:
         return self.engine.zero_optimization_stage() == 3
+
+    def _within_limit(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer, which leaves everything as it is when the gradient is beyond the limit: DeepSpeed knows none but infinity."""
+        step = optimizer.step
+
+        def step_if_sound(*arguments: Any, **options: Any) -> Any:
+            norm = self.sharded._global_grad_norm if hasattr(self, "sharded") else 0.0  # DeepSpeed steps on zeros as it is built
+            return step(*arguments, **options) if self._is_sound(0.0, float(norm)) else None
+
+        optimizer.step = step_if_sound  # type: ignore[method-assign]
+        return optimizer
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat float32 partitions, which the optimizer steps on."""

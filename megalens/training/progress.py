@@ -33,7 +33,7 @@ class Progress:
 
     Attributes:
         step: micro-steps taken, always whole optimizer steps.
-        skipped: optimizer steps whose loss or gradient was not finite.
+        skipped: optimizer steps whose loss or gradient was not finite, or whose gradient norm was beyond ``grad_limit``.
         skipped_in_a_row: those of them since the last step that was taken.
         validated, saved: the micro-step of the last validation and of the last save; -1 before the first.
         best: ``[metric, checkpoint name]``, the best first.

@@ -152,8 +152,8 @@ class Trainer:
         self.run.say(f"warning: optimizer step {update} skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
         if p.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise TrainingError(
-                f"{SKIPS_IN_A_ROW} optimizer steps in a row had a loss or gradient that was not finite; "
-                "lower learning_rate, or find the place with detect_anomaly=true"
+                f"{SKIPS_IN_A_ROW} optimizer steps in a row had a loss or gradient that was not finite, or a gradient norm beyond "
+                f"grad_limit={self.config.grad_limit:g}; lower learning_rate, raise grad_limit, or find the place with detect_anomaly=true"
             )
 
     def _log_if_due(self, step: int) -> None:

@@ -74,6 +74,13 @@ def _wrong(meta: dict) -> Iterator[str]:
         value = meta.get(key)
         if not (isinstance(value, list) and len(value) == meta["d"] and all(_is_figure(each, key) for each in value)):
             yield f"{key} must be a list of d={meta['d']} numbers"
+    for key in ("fve_loss", "fve_std_loss"):
+        if key in meta and not _is_figure(meta[key], key):
+            yield f"{key}={_short(meta[key])} must be a number"
+    for key in ("subject", "tokenizer"):
+        value = meta.get(key, {"name": "", "fingerprint": ""})
+        if not (isinstance(value, dict) and all(isinstance(value.get(part), str) for part in ("name", "fingerprint"))):
+            yield f"{key} must be {{name, fingerprint}}, each a text"
     shards = meta.get("shards")
     if not (isinstance(shards, list) and shards and all(_is_shard(shard) for shard in shards)):
         yield "shards must be a list of {file, rows, bytes, checksum}, each a file of the folder"
