@@ -79,7 +79,9 @@ def read_all(checkpoint: Path, names: list[str]) -> None:
     read_weights(checkpoint)
     read_statistics(checkpoint)
     read_standard(checkpoint)
-    read_optimizer(checkpoint, names).step  # noqa: B018 (reads the file)
+    optimizer = read_optimizer(checkpoint, names)
+    for name in names:
+        optimizer.moments(name)
 
 
 sums = st.sampled_from(["old", "new", "new", "gone", "gone"])

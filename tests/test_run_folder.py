@@ -126,7 +126,8 @@ def test_save_killed_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, mon
     assert {last} <= set(names(fresh)) <= {old, new}
     assert (tmp_path / "best").resolve().name == last
     assert died or last == new
-    assert names(fresh) == [write(fresh, 20, ["this"])], "the next save removes what this one did not come to remove"
+    newest = write(fresh, 20, ["this"])
+    assert names(fresh) == [newest], "the next save removes what this one did not come to remove"
 
 
 def test_tidy_removes_what_saves_and_removals_left_half_done(tmp_path):
