@@ -149,10 +149,11 @@ def _unfolded(values: dict, path: str) -> dict:
             place = place.setdefault(section, {}) if isinstance(place, dict) else place
         value = _unfolded(value, path) if isinstance(value, dict) else value
         there = place.get(last) if isinstance(place, dict) else None
-        both = isinstance(there, dict) and isinstance(value, dict)
-        if not isinstance(place, dict) or (last in place and not (both and not there.keys() & value.keys())):
+        if isinstance(there, dict) and isinstance(value, dict) and not there.keys() & value.keys():
+            value = there | value
+        elif not isinstance(place, dict) or last in place:
             raise ConfigError(f"{path}: {key} is given twice, once as a section and once with a dot; leave one of the two out")
-        place[last] = there | value if both else value
+        place[last] = value
     return result
 
 
