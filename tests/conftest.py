@@ -65,6 +65,7 @@ SLOW = {
     "wandb_agent",
     "watchdog",
     "wheel",
+    "write_texts",
 }
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "megalens.commands.verify",
     "inspect": "megalens.commands.inspect",
     "convert": "megalens.commands.convert",
+    "write-texts": "megalens.commands.write_texts",
     "plan": "megalens.commands.plan",
     "train": "megalens.train",
     "pipeline": "megalens.commands.pipeline",
