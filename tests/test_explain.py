@@ -92,7 +92,7 @@ def test_a_page_is_written_beside_the_table(checkpoint, monkeypatch, tmp_path, c
         (["checkpoint=BEST", "caf\udce9"], "holds bytes that are no UTF-8; convert it first, e.g. iconv -f latin1 -t utf-8"),
         (["checkpoint=BEST", "word " * 300], "more than the window"),
         (["checkpoint=BEST", "dtype=fp8", "text"], "dtype=fp8 must be one of"),
-        (["checkpoint=BEST", "search=beam:8", "text"], "'beam:8' is no search; write greedy, or best_of:K"),
+        (["checkpoint=BEST", "search=wide:8", "text"], "'wide:8' is no search; write greedy, or best_of:K"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(checkpoint, monkeypatch, capsys, arguments, message):

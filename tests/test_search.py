@@ -1,8 +1,11 @@
 """Searches among explanations, on a tiny real model."""
 
+import importlib.util
+import json
 import re
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +152,30 @@ def test_a_swap_behind_a_prefix_that_was_read_once_is_read_as_the_whole_text(len
         assert ((got - wanted).norm(dim=-1) < 1e-5 * wanted.norm(dim=-1)).all()
 
 
+def test_a_beam_is_what_is_found_by_reading_every_beginning_alone(lens, a_BD):
+    """The plain reference."""
+    rows = torch.arange(6)
+    found = search_named("beam:2:4")(lens, a_BD[:6], rows).texts
+
+    def error(i, ids):
+        a_hat_BD = lens.reconstruct(torch.tensor([ids]), torch.tensor([len(ids)]))
+        text = to_texts(lens.tokenizer, torch.tensor([ids]))
+        whole = is_text(text[0]) and to_ids(lens.tokenizer, text) == [ids]
+        return float(normalised_error(a_BD[i : i + 1], a_hat_BD)[0]) if whole else float("inf")
+
+    for i in rows.tolist():
+        beams = [[]]
+        for _ in range(3):
+            made = []
+            for ids in beams:
+                likeliest = lens.verbalizer.likeliest(a_BD[i : i + 1], torch.tensor([[*ids, 0]]), 4)[0, -1].tolist()
+                made += [(error(i, [*ids, token]), [*ids, token]) for token in likeliest]
+            beams = [ids for score, ids in sorted(made)[:2] if score < float("inf")]
+        greedy = errors(lens, a_BD[i : i + 1], Greedy())
+        best = min((error(i, ids), to_texts(lens.tokenizer, torch.tensor([ids]))[0]) for ids in beams) if beams else (np.inf, "")
+        assert found[i] == (best[1] if best[0] < greedy[0][0] else greedy[1][0])
+
+
 def test_the_likeliest_tokens_are_those_of_the_largest_log_probability(lens, a_BD):
     ids_BT = torch.tensor([[40, 50, 60]]).expand(2, -1)
     likeliest_BTK = lens.verbalizer.likeliest(a_BD[:2], ids_BT, 3)
@@ -159,7 +186,7 @@ def test_the_likeliest_tokens_are_those_of_the_largest_log_probability(lens, a_B
         assert likeliest_BTK[0, place].tolist() == log_prob_V.topk(3).indices.tolist()
 
 
-@pytest.mark.parametrize("spelling", [SWAPPED, "best_of:3+swaps:1:5+price:0.05"])
+@pytest.mark.parametrize("spelling", [SWAPPED, "best_of:3+swaps:1:5+price:0.05", "beam:2:4"])
 def test_swaps_and_prices_are_alike_in_any_batch_and_order(lens, a_BD, spelling):
     rows, search = torch.arange(len(a_BD)), search_named(spelling)
     whole = search(lens, a_BD, rows)
@@ -188,7 +215,7 @@ def test_the_cost_is_what_the_models_were_given(lens, a_BD, monkeypatch):
     spy(lens.verbalizer, "sample", "said", lambda _, texts: texts.ids_NT.numel())
     spy(lens.verbalizer, "likeliest", "said", lambda given, _: given[1].numel())
     spy(candidates, "nats_per_token", "priced", lambda given, _: len(given[1]))
-    said = search_named("best_of:3+swaps:2:5+price:0.05")(lens, a_BD, torch.arange(len(a_BD)))
+    said = search_named("best_of:3+beam:2:3+swaps:2:5+price:0.05")(lens, a_BD, torch.arange(len(a_BD)))
     assert {key: sum(getattr(cost, key) for cost in said.costs) for key in counted} == counted
     assert Greedy()(lens, a_BD, torch.arange(len(a_BD))).costs == [Cost(said=3)] * len(a_BD)
 
@@ -230,7 +257,7 @@ def test_how_often_the_lens_is_called_depends_on_the_number_of_rows_alone(lens, 
     hooks = [block.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(lens.subject.lm.blocks)]
     for part_BD in (a_BD[:6], a_BD[6:12], a_BD[:1].expand(6, -1)):
         calls.clear()
-        search_named("best_of:3+swaps:3:4+price:0.05")(lens, part_BD, torch.arange(6))
+        search_named("best_of:3+beam:2:3+swaps:3:4+price:0.05")(lens, part_BD, torch.arange(6))
         seen.append(list(calls))
     for hook in hooks:
         hook.remove()
@@ -257,6 +284,20 @@ def test_another_reader_of_another_layer_is_refused(lens, monkeypatch):
         other_lens(other, lens, "there")
 
 
+def test_what_searches_find_is_printed_for_what_it_cost(loaded, capsys):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "search.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_searches", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    folder = Path(loaded.module.config.output_dir) / "tiny" / "best"
+    benchmark.main([f"checkpoint={folder}", "--rows=9", "--searches=greedy,best_of:3", "--bootstrap", "20"])
+    copied, greedy, best = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [line["search"] for line in (copied, greedy, best)] == ["copy", "greedy", "best of 3"]
+    assert (greedy["reads"], best["rows"]) == (0, 9)
+    assert best["fve_nrm_low"] <= best["fve_nrm"] >= greedy["fve_nrm"]
+    assert best["cpu_seconds"] > 0
+
+
 def test_every_explanation_names_its_search(loaded):
     assert {token.search for token in loaded.explain(TEXT)} == {"greedy"}
     assert {token.search for token in loaded.explain(TEXT, search="best_of:3")} == {"best of 3"}
@@ -270,6 +311,8 @@ def test_every_explanation_names_its_search(loaded):
         ("best_of:2:0.5", "best of 2, noise 0.5"),
         ("best_of:4:1", "best of 4"),
         ("swaps", "2 sweeps of swaps"),
+        ("beam:4", "beam of 4"),
+        ("beam:4:16", "beam of 4, 16 tokens"),
         ("swaps:1:8", "1 sweep of swaps, 8 tokens"),
         ("best_of:8+swaps:3+price:0.02", "best of 8 + 3 sweeps of swaps + price 0.02"),
     ],
@@ -278,7 +321,19 @@ def test_a_search_is_asked_for_by_name_and_arguments(spelling, name):
     assert search_named(spelling).name == name
 
 
-NOT_SEARCHES = ["", "beam:4", "best_of", "best_of:1", "best_of:x", "best_of:8:0", "best_of:8:1:2", "greedy:2", "best of 8"]
+NOT_SEARCHES = [
+    "",
+    "beam",
+    "beam:0",
+    "wide:4",
+    "best_of",
+    "best_of:1",
+    "best_of:x",
+    "best_of:8:0",
+    "best_of:8:1:2",
+    "greedy:2",
+    "best of 8",
+]
 NOT_SEARCHES += ["swaps:0", "swaps:1:0", "price:0.1", "swaps+price:-1", "swaps+price:0+price:1", "best_of:8+", "swaps,greedy"]
 
 

@@ -98,11 +98,11 @@ def evaluate(
     lens.eval()
     steps = 2 * len(batches) + len(others) * len(searched_batches) + 1 + len(documents)
     with tqdm(total=steps, desc="evaluate", unit="batch", disable=not (progress and lens.ranks.is_main)) as bar:
-        said = _explanations(lens, loader, batches, search, bar)
+        said = explanations(lens, loader, batches, search, bar)
         other_texts = [said.texts[i] for i in partners(doc_ids)]
         rows, shorter = _row_statistics(lens, loader, batches, said, other_texts, statistics, options.prefixes, bar)
         searched = {search.name: said.first(len(first))}
-        searched |= {other.name: _explanations(lens, loader, searched_batches, other, bar) for other in others}
+        searched |= {other.name: explanations(lens, loader, searched_batches, other, bar) for other in others}
         comparison = compare(lens, loader, options, doc_ids[: len(first)], searched, statistics, reader)
         bar.update()
         explained = []
@@ -140,7 +140,7 @@ def training_statistics(config: Config, loaded: LoadedLens) -> tuple[ActivationS
     return loader.statistics, "the training dump"
 
 
-def _explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list[np.ndarray], search: Search, bar: tqdm) -> Said:
+def explanations(lens: ConsistencyLens, loader: ActivationLoader, batches: list[np.ndarray], search: Search, bar: tqdm) -> Said:
     """The explanation of every row."""
 
     def explain(numbers: np.ndarray) -> Said:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megalens.evaluate import EvaluationError
 from megalens.evaluate.measure import Cost, Said, Search, said
 from megalens.evaluate.text import pad
-from megalens.explain.candidates import AT_ONCE, Candidates, chunks
+from megalens.explain.candidates import AT_ONCE, Candidate, Candidates, chunks
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.sampling import Alone, Law
 from megalens.ops import noise_keys
@@ -163,6 +163,58 @@ class Swaps:
         return list(dict.fromkeys(others + likeliest[at]))[: self.tokens]
 
 
+@dataclass(frozen=True)
+class Beam:
+    """Beginnings of texts, longer by a token each time: of all that follow the best ones, the best go on, by what is rebuilt from them.
+
+    Args:
+        width: beginnings that go on.
+        tokens: the verbalizer's likeliest ones that are tried behind each.
+    """
+
+    width: int
+    tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.tokens < 1:
+            raise ValueError(f"a beam of {self.width} with {self.tokens} tokens: there must be at least one of either")
+
+    @property
+    def name(self) -> str:
+        """``beam of 4``, and the number of tokens where it is another than usual."""
+        return f"beam of {self.width}" + (f", {self.tokens} tokens" if self.tokens != Beam.tokens else "")
+
+    def __call__(self, found: Candidates) -> None:
+        """Add the texts that the last beginnings lead to."""
+        room, last_first = found.lens.frame.room, found.lens.reconstructor.first_is_last
+        beams: list[list[list[int]]] = [[[]] for _ in found.best]
+        for length in range(room):
+            texts = [(i, ids) for i, each in enumerate(beams) for ids in each]
+            tokens = self._next(found, [ids for _, ids in texts])
+            place = max(length - 1, 0) if last_first else length
+            made = found.swap([(i, [*ids, 0]) for i, ids in texts], place, tokens, self.tokens, keep=length + 1 == room)
+            longer: list[list[Candidate]] = [[] for _ in beams]
+            for (i, _), each in zip(texts, made, strict=True):
+                longer[i] += each
+            beams = [self._best(each, old) for each, old in zip(longer, beams, strict=True)]
+
+    def _best(self, longer: list[Candidate], old: list[list[int]]) -> list[list[int]]:
+        """The best beginnings, always as many: where too few were found, the first old one with a token of no meaning."""
+        best = [each.ids for each in sorted(longer, key=lambda each: each.score)[: self.width]]
+        return best + [[*old[0], 0]] * (self.width - len(best))
+
+    def _next(self, found: Candidates, beginnings: list[list[int]]) -> list[list[int]]:
+        """The likeliest tokens behind each beginning, as many of each activation side by side."""
+        frame, device, count = found.lens.frame, found.a_BD.device, len(beginnings) // len(found.a_BD)
+        ids_NT = torch.tensor([[*frame.before, *ids, 0] for ids in beginnings], device=device)
+        parts = []
+        for rows in chunks(len(found.a_BD), count):
+            here = ids_NT[rows.start * count : rows.stop * count]
+            parts.append(found.lens.verbalizer.likeliest(found.a_BD[rows.start : rows.stop], here, self.tokens)[:, -1])
+        found.count_said(count * ids_NT.shape[1])
+        return torch.cat(parts).tolist()
+
+
 def sampled(found: Candidates, draws: range, noise: float) -> Tensor:
     """Texts ``[B, K, T]`` of each activation, sampled at a temperature, and counted; ``draws`` are their numbers."""
     verbalizer, parts = found.lens.verbalizer, []
@@ -196,6 +248,7 @@ SEARCHES: dict[str, Asked] = {
         lambda k, noise="1": BestOf(int(k), float(noise)),
         "best_of:K or best_of:K:NOISE with K at least 2 and NOISE above 0, e.g. best_of:8",
     ),
+    "beam": Asked(lambda width, tokens="8": Beam(int(width), int(tokens)), "beam:WIDTH or beam:WIDTH:TOKENS"),
     "swaps": Asked(
         lambda sweeps="2", tokens="24": Swaps(int(sweeps), int(tokens)),
         "swaps or swaps:SWEEPS or swaps:SWEEPS:TOKENS",
