@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class KVCache:
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The last columns ``[B, channels, columns]`` that a causal convolution read, or None."""
-        return self._state(layer_idx, "conv", state_idx)
+        return self._own_state(layer_idx, "conv", state_idx)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_
@@ -73,16 +75,28 @@ class KVCache:
         return columns
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """What a recurrent layer keeps of all it has read, or None. A copy of this cache's own: some layers change it in place."""
-        state = self._state(layer_idx, "recurrent", state_idx)
-        if state is not None:
-            state = self.states[layer_idx, "recurrent", state_idx] = state.clone()
-        return state
+        """What a recurrent layer keeps of all it has read, or None."""
+        return self._own_state(layer_idx, "recurrent", state_idx)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_) -> Tensor:
         """Replace a recurrent layer's state."""
         self.states[layer_idx, "recurrent", state_idx] = recurrent_states
         return recurrent_states
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Append ``[B, Q, dim]``, by which keys are chosen, and return all of it."""
+        past = self._state(layer_idx, "indexer", 0, len(indexer_key_states))
+        joined = indexer_key_states if past is None else torch.cat([past, indexer_key_states], dim=1)
+        self.states[layer_idx, "indexer", 0] = joined
+        return joined
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """:meth:`get_recurrent_state`, as MiniMax calls it."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, state: Tensor) -> None:
+        """:meth:`update_recurrent_state`, as MiniMax calls it."""
+        self.update_recurrent_state(state, layer_idx)
 
     def has_previous_state(self, layer_idx: int, state_idx: int | None = None) -> bool:
         """Whether a layer has read anything."""
@@ -96,9 +110,32 @@ class KVCache:
         """:meth:`length`."""
         return self.length(layer_idx)
 
+    def _own_state(self, block: int, name: str, place: int) -> Tensor | None:
+        """A state that no other cache has: some layers change it in place."""
+        state = self._state(block, name, place)
+        if state is None:
+            return None
+        state = self.states[block, name, place] = state.clone()
+        given = state.as_subclass(_State)
+        given.write = partial(self.states.__setitem__, (block, name, place))  # type: ignore[attr-defined]  # an attribute of ours
+        return given
+
     def _state(self, block: int, name: str, place: int, rows: int | None = None) -> Tensor | None:
         state, rows = self.states.get((block, name, place)), rows or self.batch
         return None if state is None else _rows(state, rows)
+
+
+class _State(Tensor):
+    """A state as layers are given it. What they copy into it takes its place in the cache; it stays as it is, for gradients' sake."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """All as for any tensor but ``copy_``."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.copy_:
+                args[0].write(args[1])
+                return args[1]
+            return func(*args, **(kwargs or {}))
 
 
 def joined(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,12 @@ class CausalLM(nn.Module):
         places = [positions[:, i : i + 1] for i in each]
         return torch.cat([self.call_block(block, hidden_BSD[:, i : i + 1], masks[i], places[i], None, cache, index) for i in each], dim=1)
 
+    def hides_keys(self, first: int, last: int) -> bool:
+        """Whether what blocks ``first .. last - 1`` keep of a text can be hidden from later queries, token by token."""
+        return not self.family.counts_keys and not self.keeps_state(first, last)
+
     def keeps_state(self, first: int, last: int) -> bool:
-        """Whether one of blocks ``first .. last - 1`` keeps a state of what it has read, in place of keys that can be hidden."""
+        """Whether one of blocks ``first .. last - 1`` keeps a state of what it has read."""
         return any(self.family.keeps_state(kind) for kind in self.kinds[first:last])
 
     def call_block(
@@ -270,7 +274,7 @@ class CausalLM(nn.Module):
         window, chunk = self.family.window(kind), self.family.chunk(kind)
         if key_positions is None:
             reach = cached + count
-            is_whole = (window is None or window >= reach) and (chunk is None or chunk >= reach)
+            is_whole = not self.family.needs_mask and (window is None or window >= reach) and (chunk is None or chunk >= reach)
             if is_whole and (count == 1 or (cached == 0 and not self.eager)):
                 return None
             key_positions = _following(positions, cached)

@@ -50,7 +50,7 @@ def read_prefix(lm: CausalLM, hidden_SCD: Tensor, first: int, position_B: Tensor
     Returns:
         The residual stream ``[B, D]`` after the last block at P, and what was kept.
     """
-    if lm.keeps_state(first, len(lm.blocks)):
+    if not lm.hides_keys(first, len(lm.blocks)):
         return _read_to_its_end(lm, hidden_SCD, first, position_B, rows_B)
     positions = torch.arange(hidden_SCD.shape[1], device=hidden_SCD.device)[None]
     cache = KVCache()
@@ -61,7 +61,7 @@ def read_prefix(lm: CausalLM, hidden_SCD: Tensor, first: int, position_B: Tensor
 
 
 def _read_to_its_end(lm: CausalLM, hidden_SCD: Tensor, first: int, position_B: Tensor, rows_B: Tensor | None) -> tuple[Tensor, Prefix]:
-    """:func:`read_prefix` where blocks keep a state, which must hold what is before P and no more: each row ends there, padding first."""
+    """:func:`read_prefix` where what is kept must be of the tokens before P and of no others: each row ends there, padding first."""
     each_B = torch.arange(len(position_B), device=position_B.device) if rows_B is None else rows_B
     length = hidden_SCD.shape[1] - 1 if position_B.is_meta else int(position_B.max())
     place = torch.arange(length, device=position_B.device)[None] - length

@@ -16,6 +16,7 @@ Settings = Any
 KINDS = {
     "full_attention": "keys",
     "attention": "keys",
+    "indexed_attention": "keys",
     "sliding_attention": "keys in a window",
     "chunked_attention": "keys in a chunk",
     "linear_attention": "state",
@@ -40,15 +41,31 @@ class Family:
 
     blocks_names: tuple[str, ...] = ("layers", "h", "blocks")
     """Attributes of the base model that may be its decoder blocks."""
-    norm_names: tuple[str, ...] = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
+    norm_names: tuple[str, ...] = (
+        "norm",
+        "ln_f",
+        "norm_f",
+        "final_layernorm",
+        "final_layer_norm",
+        "layer_norm",
+        "layernorm",
+        "embedding_norm",
+    )
     """Attributes of the base model that may be its final norm."""
     positional_argument = "position_embeddings"
     """Argument by which a block is told what :meth:`positional` gives."""
     rotary_per_kind = False
     """Whether each kind of attention turns by a rotary embedding of its own."""
 
+    uncalled: tuple[str, ...] = ()
+    """Names of linear layers in blocks whose weights are read without a call, so that LoRA on them would do nothing."""
     one_by_one = False
     """Whether blocks that keep a state can go on from it by one token at a time only."""
+
+    counts_keys = False
+    """Whether attention counts keys, where others look at their positions: then a row's keys must end where its queries begin."""
+    needs_mask = False
+    """Whether blocks must be given a mask where their own causal rule would do."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -74,7 +91,9 @@ class Family:
     @cached_property
     def base(self) -> nn.Module:
         """The model of text that has the blocks: without its vocabulary head, and without what reads images or sound."""
-        return self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
+        found = [self.model.get_decoder()] if hasattr(self.model, "get_decoder") else []
+        found += [self.model.base_model, getattr(self.model, "model", self.model)]
+        return next((part for part in found if any(hasattr(part, name) for name in self.blocks_names)), found[0])
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -94,9 +113,9 @@ class Family:
     def missing(self) -> str | None:
         """The first part that the model does not have; None: all are there."""
         if not isinstance(getattr(self.base, self.blocks_name, None), nn.ModuleList):
-            return f"decoder blocks under {' or '.join(self.blocks_names)}"
+            return f"list of blocks named {' or '.join(self.blocks_names)}"
         if self.norm is None:
-            return f"final norm under {' or '.join(self.norm_names)}"
+            return f"final norm named {', '.join(self.norm_names[:-1])} or {self.norm_names[-1]}"
         return None if getattr(self.model.get_output_embeddings(), "weight", None) is not None else "vocabulary head"
 
     # -------------------------------------------------------------------------------------------- entering the stream
@@ -142,11 +161,11 @@ class Family:
             positions: ``[1 or B, S]`` of the queries.
             key_positions: ``[1 or B, K]`` of the keys, cached ones first.
         """
-        rotary = getattr(self.base, "rotary_emb", None)
+        rotary = getattr(self.base, "rotary_emb", getattr(self.base, "pos_emb", None))
         if rotary is None:
             return dict.fromkeys(kinds)
         if self.rotary_per_kind:
-            return {kind: rotary(hidden, positions, kind) for kind in kinds}
+            return {kind: None if KINDS[kind] == "state" else rotary(hidden, positions, kind) for kind in kinds}
         return dict.fromkeys(kinds, rotary(hidden, positions))
 
     def mask(self, allowed_B1SK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,19 @@ import transformers
 from megalens.families import makes
 from megalens.families.protocol import Family, Settings
 
+WRAPPERS = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+}
+"""Models that read images too, around a language model: those that transformers does not count as causal language models."""
 _families: dict[str, type[Family]] = {}
 
 

@@ -71,21 +71,20 @@ def _first_difference(lm: CausalLM) -> str | None:
     """Describe the first place where the walk and the model's own forward differ."""
     ids = _ids(lm)
     positions = torch.arange(_TOKENS, device=ids.device)[None]
-    norm = [lm.norm] if lm.norm in set(lm.model.modules()) else []  # a make without a final norm brings its own
-    with _entering([*lm.blocks, *norm]) as own_states:
+    with _entering([*lm.blocks]) as own_states, _entering([lm.norm]) as normed:
         own_logits = lm.model(ids, use_cache=False).logits
     if not own_logits.isfinite().all():
         raise ConfigError(
             f"a model of type '{lm.config.model_type}' gives logits that are not finite: its weights are damaged, fetch it anew"
         )
-    if len(own_states) != len(lm.blocks) + len(norm):
-        return f"its forward calls blocks and final norm {len(own_states)} times, not once each ({len(lm.blocks) + len(norm)})"
+    if len(own_states) != len(lm.blocks):
+        return f"its forward calls its {len(lm.blocks)} blocks {len(own_states)} times, not once each"
     tolerance = _TOLERANCE[lm.dtype]
     rows = lm.vocabulary(lambda _, into, __: into[ids] * lm.embed_scale)
     if not (error := _relative(lm.embed(ids), rows)) <= tolerance:
         return f"its embeddings are not rows of its embedding matrix times {float(lm.embed_scale):g} ({error:.1%} off)"
     state = lm.enter(lm.embed(ids), positions)
-    for block, own_state in enumerate(own_states):
+    for block, own_state in enumerate([*own_states, *normed[-1:]]):  # a norm of our own is never called there
         if not (error := _relative(state, own_state)) <= tolerance:
             return f"its own residual stream before {_name(lm, block)} differs by {error:.1%} from the one computed block by block"
         if block < len(lm.blocks):

@@ -16,11 +16,16 @@ def tiny_copy(settings: Settings, trust_remote_code: bool = False) -> PreTrained
     """A model of the same class, made in a moment, with random weights: as few blocks as have every kind that the configuration lists (two
     at least), few heads, narrow layers.
     """
+    return make(_tiny(settings), trust_remote_code)
+
+
+def make(settings: Settings, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of a configuration in float32, its weights drawn so that whatever is left out of it shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options = {"dtype": torch.float32, "attn_implementation": attention_of(settings), "trust_remote_code": trust_remote_code}
-        model = class_of(settings).from_config(_tiny(settings), **options).eval()
-        draw_weights(model)
+        model = class_of(settings).from_config(settings, **options).eval()
+        _draw_weights(model)
     return model
 
 
@@ -64,7 +69,7 @@ def _shorten(config: Settings) -> None:
         setattr(config, name, value[:few])
 
 
-def draw_weights(model: nn.Module) -> None:
+def _draw_weights(model: nn.Module) -> None:
     """Weights that keep every layer's outputs near 1, and norms and biases off their uniform start, so that what is left out shows."""
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,11 +38,12 @@ class WeightFiles:
         state, prefix = model.state_dict(), model.base_model_prefix
         self._shape = {key: tuple(value.shape) for key, value in state.items()}
         self._place = {rename_source_key(key, renamings, [], prefix, state)[0]: (file, key) for key, file in file_of.items()}
+        if changed := converted(model):
+            mend = "it is joined or turned as it is loaded, which only engines do that load the model whole (local, ZeRO 1 and 2)"
+            raise ConfigError(f"the files of {name} hold no {changed[0]}: {mend}")
         missing = next((parameter for parameter, _ in model.named_parameters() if parameter not in self._place), None)
         if missing:
-            joined = len(renamings) < len(conversions)
-            mend = "it is joined from several, which only engines do that load the model whole (local, ZeRO 1 and 2)"
-            raise ConfigError(f"the files of {name} hold no {missing}: {mend if joined else 'fetch the model anew'}")
+            raise ConfigError(f"the files of {name} hold no {missing}: fetch the model anew")
 
     def read(self, parameter: str) -> Tensor:
         """A parameter's values, on the CPU, as they are stored.
@@ -79,6 +81,13 @@ def _places(name: str) -> dict[str, str] | None:
         return None
     with _opened(whole) as file:
         return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+
+
+def converted(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that lie in no file as the model has them: transformers joins them of several, or turns them, as it loads."""
+    entries = [entry for entry in get_model_conversion_mapping(model) if not isinstance(entry, WeightRenaming)]
+    patterns = [re.compile(pattern.replace("*", "[^.]+")) for entry in entries for pattern in entry.target_patterns]
+    return [name for name, _ in model.named_parameters() if any(pattern.search(name) for pattern in patterns)]
 
 
 def find_file(name: str, file: str) -> str | None:

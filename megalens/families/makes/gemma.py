@@ -23,8 +23,14 @@ class Gemma(Family):
         return getattr(self.config, "final_logit_softcapping", None)
 
 
-@register("gemma3_text", "gemma4_unified_text")
+@register("gemma3_text", "gemma4_text", "gemma4_unified_text")
 class Gemma3(Gemma):
-    """The text models of Gemma 3 and of the unified Gemma 4."""
+    """The text models of Gemma 3 and 4. Those of Gemma 4 with embeddings of their own in each block are refused."""
 
     rotary_per_kind = True
+
+    def missing(self) -> str | None:
+        """A residual stream that is all there is: not with embeddings of their own, or keys of each other, in the blocks."""
+        if getattr(self.config, "hidden_size_per_layer_input", None) or getattr(self.config, "num_kv_shared_layers", None):
+            return "blocks that depend on the residual stream alone (they have embeddings of their own, or keys of other blocks)"
+        return super().missing()

@@ -9,3 +9,4 @@ class Mamba(Family):
     """Mamba, Falcon Mamba, and Jamba's mixture of Mamba and attention."""
 
     one_by_one = True
+    uncalled = ("dt_proj",)
