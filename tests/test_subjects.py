@@ -134,7 +134,9 @@ def assert_adapted_everywhere(subject):
     """LoRA on every linear layer and stack of experts: nothing at first, something once it is trained, off outside its context."""
     lm = subject.lm
     linear = {name: part for name, part in lm.blocks.named_modules() if isinstance(part, nn.Linear | Conv1D)}
-    layers = sum(not (name.endswith("dt_proj") or type(part).__name__.endswith("Router")) for name, part in linear.items())
+    layers = sum(
+        not type(part).__name__.endswith("Router") and not set(name.split(".")) & set(lm.family.uncalled) for name, part in linear.items()
+    )
     stacks = sum(len(stacks_of(part)) for part in lm.blocks.modules())
     ids, positions, last = ids_of(lm), torch.arange(LENGTH)[None], len(lm.blocks)
 

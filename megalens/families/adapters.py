@@ -71,8 +71,8 @@ def _targets(layers: list[str], wanted: list[str]) -> list[str]:
 
 
 def _is_called(lm: CausalLM, path: str, layer: nn.Module) -> bool:
-    """Whether a linear layer is called as one: a router gives more than its product, some layers are read and not called."""
-    return not type(layer).__name__.endswith("Router") and path.removesuffix(".base_layer").rpartition(".")[2] not in lm.family.uncalled
+    """Whether LoRA on a linear layer would do anything: not on a router, which gives more than its product, nor where a make says so."""
+    return not type(layer).__name__.endswith("Router") and not set(path.split(".")) & set(lm.family.uncalled)
 
 
 def without_adapters(module: nn.Module) -> nn.Module:

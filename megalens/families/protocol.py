@@ -58,7 +58,7 @@ class Family:
     """Whether each kind of attention turns by a rotary embedding of its own."""
 
     uncalled: tuple[str, ...] = ()
-    """Names of linear layers in blocks whose weights are read without a call, so that LoRA on them would do nothing."""
+    """Names of layers, or of what holds them, that are read without a call or called without a gradient: LoRA there would do nothing."""
     one_by_one = False
     """Whether blocks that keep a state can go on from it by one token at a time only."""
 

@@ -9,3 +9,4 @@ class Indexed(Family):
     """DeepSeek V3.2, GLM 5 and their kin."""
 
     needs_mask = True
+    uncalled = ("indexer",)
