@@ -302,7 +302,10 @@ def test_a_copy_is_as_long_as_the_very_text_it_stands_for(measured, monkeypatch)
         monkeypatch.setattr(baselines, name, lambda lens, texts, n=name, r=read: (seen.setdefault(n, []).append(texts), r(lens, texts))[1])
     lens.config.evaluation = replace(lens.config.evaluation, num_samples=7, prefixes=[])
     evaluate(lens, rows, lens.config, statistics, Greedy(), progress=False, with_documents=False)
-    wanted = [len(ids) for ids in to_ids(lens.tokenizer, Greedy()(lens, rows.batch["activation"][:7], torch.arange(7)).texts)]
+    wanted = [
+        min(len(ids), lens.frame.room)
+        for ids in to_ids(lens.tokenizer, Greedy()(lens, rows.batch["activation"][:7], torch.arange(7)).texts)
+    ]
     for text, n, p, ids in zip(seen["read_by_subject"][0], wanted, rows.batch["position"], rows.batch["input_ids"], strict=False):
         assert text == lens.tokenizer.decode(ids[max(0, p + 1 - n) : p + 1])
     (copies, *_) = [texts for texts in seen["read_by_lens"] if texts != [""] * 7]

@@ -1,6 +1,8 @@
 """Texts that a model or an endpoint writes: asked for once, kept as they come, told ahead."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quick
 import torch
 from conftest import ROOT
 from launched import environment
@@ -254,6 +257,18 @@ def test_a_kill_at_any_moment_costs_no_answer(line, endpoint):
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
+def test_the_commands_of_the_page_run(dumped_checkout, monkeypatch):
+    page = (ROOT / "docs" / "texts.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    lines = [line for block in re.findall(r"^```bash\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+    commands = [line for line in lines if "writer=http" not in line]
+    assert len(commands) == 4 and len(lines) == 5
+    for command in commands:
+        done = quick.run([sys.executable, *shlex.split(command)[1:]])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((dumped_checkout / "outputs" / "tiny_given" / "evaluation.json").read_text())["prefixes"].keys() == {"1", "2", "4"}
+
+
 def test_what_a_text_holds_is_not_filled_in_again(folder, monkeypatch):
     config = tiny_config(folder)
     tokenizer = load_tokenizer(config)
@@ -265,7 +280,7 @@ def test_what_a_text_holds_is_not_filled_in_again(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("out=/nowhere/x.jsonl", "there is no folder /nowhere"),
+        ("out=/dev/null/x.jsonl", "no folder can be made there"),
         ("out=x.json", "must be a file that ends in .jsonl"),
         ("rows=0", "must be -1"),
         ("temperature=-1", "must be 0 or more"),

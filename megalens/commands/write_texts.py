@@ -31,6 +31,7 @@ from megalens.data.shards import ShardReader
 from megalens.data.writers import Endpoint, LocalWriter, Sampling, Writer
 from megalens.data.writing import Writing, read_prompts
 from megalens.families.loading import load_tokenizer
+from megalens.shipped import find
 
 
 def main(arguments: list[str]) -> None:
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
     args, settings = parser.split(arguments)
     config = load_config(settings)
     check(args)
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(find(args.prompts))
     reader = ShardReader(config.activation_dir(args.split))
     reader.check_matches(model_identity(config))
     writer = writer_of(config, args)
@@ -78,8 +79,10 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.out.suffix != ".jsonl" or args.out.is_dir():
         raise ConfigError(f"out={args.out} must be a file that ends in .jsonl")
-    if not args.out.resolve().parent.is_dir():
-        raise ConfigError(f"out={args.out}: there is no folder {args.out.resolve().parent}; make it, or name another place")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={args.out}: no folder can be made there ({error.strerror}); name another place") from None
     if args.rows == 0 or args.rows < -1:
         raise ConfigError(f"rows={args.rows} must be -1 (all) or greater than 0")
     if not 0 <= args.temperature < float("inf"):

@@ -192,13 +192,14 @@ def first_tokens(lens: ConsistencyLens, texts: list[str], count: int | None = No
     """The beginnings of explanations, and how many tokens a copy in the place of each may have.
 
     Args:
-        count: tokens of a beginning; None: the texts whole. Copies of texts of a fixed length have that length.
+        count: tokens of a beginning; None: the texts whole. Copies of texts of a fixed length have that length; no copy has more tokens
+            than a text can have, though a string may be tokenised to more than were said.
     """
     if count is None and lens.frame.end_id is None:
         return texts, torch.full((len(texts),), lens.config.t_text)
     ids_BT, lengths_B = pad(to_ids(lens.tokenizer, texts))
     if count is None:
-        return texts, lengths_B
+        return texts, lengths_B.clamp_max(lens.frame.room)
     lengths_B = lengths_B.clamp_max(count)
     return to_texts(lens.tokenizer, ids_BT, lengths_B), lengths_B
 

@@ -100,7 +100,7 @@ FIGURES = (
     _mean("kl", "KL divergence, in nats, between the subject's next-token predictions with the activation and with the rebuild."),
     _mean("top1", "share of rows where the most likely next token stays the same."),
     _mean("failed", "share of rows without a usable text or rebuild; they are scored as the mean activation."),
-    _mean("tokens", "tokens of an explanation, where texts end where they like.", table=None),
+    _mean("tokens", "tokens of an explanation, read from its string, where texts end where they like.", table=None),
     _mean("unfinished", "share of texts that did not end within t_text tokens.", table=None),
     _quantile("cos_q05", "cos", 0.05),
     _quantile("cos_q50", "cos", 0.5),
