@@ -25,9 +25,10 @@ def make_subject(folder):
     return str(folder)
 
 
-def make_lens(folder, seed=3, dtype=torch.float64, ends=True, **keys):
-    """Such a lens in float64, its trained parts off their start, so that no two texts are as likely or as good."""
+def make_lens(folder, seed=3, dtype=torch.float64, ends=True, noise=0, **keys):
+    """Such a lens in float64, its trained parts off their start, so that no two texts are as likely or as good; ``noise`` seeds draws."""
     config = Config(
+        seed=noise,
         model_name=folder,
         layer_l=0,
         t_text=LENGTH,

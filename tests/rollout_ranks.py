@@ -33,7 +33,9 @@ class SayRollouts(Term):
 
 def train(folder: Path, engine_name: str) -> None:
     """Some steps on eight rows, shared by the ranks."""
-    config = tiny_config(folder, "ranks", terms={"say_rollouts": 1.0})
+    terms = {"say_rollouts": 1.0, "policy": 1.0, "imitate": 1.0, "rollout_read": 1.0}
+    config = tiny_config(folder, "ranks", terms=terms)
+    config.verbalizer.end_token, config.rollouts.draws, config.policy.mean_over = "eos", 4, "tokens"
     config.engine = "fsdp" if engine_name == "fsdp" else "auto"
     config.deepspeed = str(folder / "sharded.json") if engine_name == "zero3" else None
     config.lora.dropout, config.gradient_accumulation_steps = 0.0, 1
@@ -51,9 +53,20 @@ def train(folder: Path, engine_name: str) -> None:
         at = Step.fixed(config, step)
         rollouts = engine.sample([batch], at)
         metrics = engine.train_step([batch], at, rollouts)
-        seen.append({"ids": rollouts[0].ids_BKT.tolist(), "loss": metrics["loss"], "say": metrics["say_rollouts"]})
+        seen.append({"ids": rollouts[0].ids_BKT.tolist(), **metrics})
+    halves = [{name: value[:2] for name, value in batch.items()}, {name: value[2:4] for name, value in batch.items()}]
+    gathers = [gathers_of(engine, [halves[0]], at), gathers_of(engine, halves, at)]
+    config.rollouts.at_once = 8
+    seen[-1]["gathers"] = [*gathers, gathers_of(engine, halves, at)]
     engine.close()
     (folder / f"rollouts-{engine_name}-{rank}.json").write_text(json.dumps(seen))
+
+
+def gathers_of(engine, batches, at) -> int:
+    """Gathers of sharded weights that a rollout takes, where the engine counts them."""
+    engine.traffic.calls.clear()
+    engine.sample(batches, at)
+    return engine.traffic.calls["all_gather"]
 
 
 if __name__ == "__main__":

@@ -218,3 +218,10 @@ def test_temperature_divides_the_logits_of_a_capped_head_with_a_bias():
     found = score(lm, parts["hidden"], ids, Law(0.6), None)
     torch.testing.assert_close(found.log_prob, logits.log_softmax(-1)[torch.arange(5), ids])
     assert not torch.allclose(found.log_prob, vocab_log_prob(parts["hidden"], parts["weight"], ids, bias_V=parts["bias"]).log_prob)
+
+
+def test_every_step_and_every_draw_has_noise_of_its_own(folder):
+    lens, a_BD = make_lens(folder), activations(2)
+    first, again, later = (lens.rollout(a_BD, torch.arange(2), update, 40).ids_BKT for update in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    assert all(len(texts.unique(dim=0)) > 3 for texts in first)

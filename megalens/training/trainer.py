@@ -29,6 +29,7 @@ from megalens.objective import Step
 from megalens.schedule import duration_steps, lr_factor
 from megalens.statistics import ActivationStatistics
 from megalens.training.background import Background
+from megalens.training.gates import Watch
 from megalens.training.progress import TRAINER_VERSION, Progress, TrainingError, clock_of, first_not_finite
 from megalens.training.signals import StopSignals
 from megalens.training.track import Run
@@ -76,7 +77,7 @@ class Trainer:
         }
         keep_every = config.checkpoint.keep_every
         self.intervals["keep"] = duration_steps(keep_every, self.clock) if keep_every else sys.maxsize
-        self._saving = Background()
+        self._saving, self._gates = Background(), Watch(config.gates)
         self._logged, self._since = progress.step, time.monotonic()
         self._examples: list[dict[str, Any]] = []
         self._saved_validation = progress.validated if progress.saved >= 0 else None
@@ -174,6 +175,8 @@ class Trainer:
         self._logged, self._since = p.step, now
         p.window, p.window_size = {}, 0
         self.run.log(p.step, figures)
+        for line in self._gates(figures):
+            self.run.say(line)
 
     def _traffic(self, updates: int) -> dict[str, float]:
         """Collectives and their megabytes, per optimizer step since the last log; empty where the engine counts none."""
