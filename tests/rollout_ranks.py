@@ -55,6 +55,7 @@ def train(folder: Path, engine_name: str) -> None:
         metrics = engine.train_step([batch], at, rollouts)
         seen.append({"ids": rollouts[0].ids_BKT.tolist(), **metrics})
     halves = [{name: value[:2] for name, value in batch.items()}, {name: value[2:4] for name, value in batch.items()}]
+    engine.sample(halves, at)  # the first after a training pass finds less gathered
     gathers = [gathers_of(engine, [halves[0]], at), gathers_of(engine, halves, at)]
     config.rollouts.at_once = 8
     seen[-1]["gathers"] = [*gathers, gathers_of(engine, halves, at)]

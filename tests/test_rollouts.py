@@ -40,6 +40,7 @@ def test_sharded_ranks_sample_and_train_on_what_one_process_does(folder, alone, 
             assert ranks[0][step][name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
     if engine == "fsdp":
         one, two, in_parts = ranks[0][-1]["gathers"]
-        print(one, two, in_parts)
+        blocks, below, tokens = 4, 2, 3  # the prompt is run below the slot's layer once, above it before and behind the slot
+        assert one == below + 2 * (blocks - below) + (tokens - 1) * blocks + tokens + 2  # each token the vocabulary; prompt; projection
         assert one == two, "micro-batches that are sampled together share the gathers of each token"
         assert in_parts == 2 * one
