@@ -3,11 +3,14 @@
 import pytest
 import torch
 from few_words import LENGTH, all_texts, make_lens, make_subject, plain_log_p
+from tiny_run import make_subject_and_dump, tiny_config
 
-from megalens.config import Gates, Weight
+from megalens.config import Gates, Rollouts, Weight
 from megalens.engine.local import LocalEngine
 from megalens.objective import Step
+from megalens.train import train
 from megalens.training.gates import GATES, Watch
+from megalens.training.track import read_curve
 
 ROWS, STEPS = 8, 30
 
@@ -124,3 +127,23 @@ def test_a_gate_warns_once_when_its_figure_crosses_the_bound_and_again_when_it_w
     )
     assert "train/reference_kl is 3, above gates.reference_kl=1" in lines[1][1]
     assert all(hasattr(Gates(), gate.bound) for gate in GATES)
+
+
+def test_a_training_takes_several_steps_on_the_same_texts_and_says_once_that_nothing_is_learnt(tmp_path, monkeypatch, capsys):
+    make_subject_and_dump(tmp_path)
+    rollouts, step, seen = Rollouts(draws=2, inner_steps=2), LocalEngine.train_step, []
+
+    def noted(self, batches, at, rollouts=None):
+        seen.append((at.update, rollouts[0].ids_BKT))
+        return step(self, batches, at, rollouts)
+
+    monkeypatch.setattr(LocalEngine, "train_step", noted)
+    config = tiny_config(tmp_path, terms={"policy": 1.0}, rollouts=rollouts, gates=Gates(distinct=1.1), max_train_steps="8s")
+    config.lora.dropout = 0.0
+    assert train(config) == 0
+    assert [update for update, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][1], seen[2][1])
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("gates.distinct=1.1") == 1
+    logged = read_curve(config.run_dir / "metrics.jsonl")
+    assert all(f"train/rollout_{name}" in logged[-1] or f"train/rollout_{name}" in logged[-2] for name in ("reward", "gap", "spread"))

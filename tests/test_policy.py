@@ -1,10 +1,13 @@
 """The policy's gradient is that of the expected reward over every text there is; what texts are worth, and who learns from them."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from few_words import END, LENGTH, WIDTH, all_texts, make_lens, make_subject, plain_log_p
 
 from megalens.config import Config, ConfigError, config_from_dict, validate
@@ -271,3 +274,10 @@ def test_settings_that_cannot_work_are_refused(message):
     with pytest.raises(ConfigError, match=message):
         validate(config_from_dict({"terms": {"policy": 1.0}} | REFUSED[message]))
     validate(Config(terms={"policy": 1.0}))
+
+
+def test_the_settings_of_the_page_on_rollouts_are_accepted():
+    (settings,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8"), re.DOTALL)
+    config = config_from_dict(yaml.safe_load(settings))
+    validate(config)
+    assert config.terms["policy"].value == 1 and config.policy.by_deviation
