@@ -79,6 +79,7 @@ def test_the_command_measures_prints_and_writes(checkpoint, monkeypatch, capsys)
     assert run(monkeypatch, f"checkpoint={checkpoint}", "evaluation.num_samples=11") == 0
     printed = capsys.readouterr().out
     result = Result(**json.loads((checkpoint.parent / "evaluation.json").read_text()))
+    result.comparison = Comparison(**result.comparison)
     assert result.setting["rows"] == 11
     assert result.setting["search"] == "greedy"
     assert result.setting["statistics"] == "the training dump"
@@ -163,9 +164,14 @@ def test_searches_are_compared_on_the_same_rows(checkpoint, monkeypatch, capsys)
     for each in (found["copy"], greedy, best):  # the other reader is the lens itself here
         assert each["other_reader"] == pytest.approx(each["fve_nrm"], abs=1e-5)
     assert f" {best['reads']:.1f} " in printed
-    assert printed.count(searched) == 2
+    said = found["texts"][searched]
+    assert len(said) == 9
+    for i, example in enumerate(result["examples"]):
+        assert found["texts"]["greedy"][i] == {name: example[name] for name in ("explanation", "fve")}
+        assert said[i]["fve"] >= example["fve"] - 1e-5
     page = (checkpoint.parent / "report.html").read_text()
-    assert page.count(searched) == 2
+    for text in (printed, page):
+        assert text.count(searched) == 2 + 3  # in two tables, and below each example
 
 
 def test_what_is_printed_of_searches_is_theirs_alone(evil):

@@ -15,7 +15,7 @@ from megalens.config import Evaluation
 from megalens.data.loader import ActivationLoader
 from megalens.engine.base import to_device
 from megalens.evaluate.measure import Cost, RowScorer, Said, nats_per_token, read_by_lens
-from megalens.evaluate.metrics import Rows, figures, join, row_statistics
+from megalens.evaluate.metrics import Rows, figures, join, row_fve, row_statistics
 from megalens.evaluate.readers import Reader
 from megalens.evaluate.text import pad, to_ids, to_texts
 from megalens.evaluate.trust.beside_copies import FIGURES, copied_tokens, halves, trust_statistics
@@ -37,6 +37,7 @@ class Comparison:
             ``copied_tokens``; ``perplexity``, the median of the texts' under the untouched subject; ``roundtrip``; ``reads``, ``said`` and
             ``priced``, what an activation took on average (:class:`megalens.evaluate.measure.Cost`).
         copies: ``fve_nrm`` of copies through the lens's reconstructor, by their number of tokens, the smallest first.
+        texts: each search's texts, row by row: ``explanation`` and ``fve``.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Comparison:
     copy: dict[str, float]
     searches: dict[str, dict[str, float]] = field(default_factory=dict)
     copies: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, list[dict]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -84,6 +86,8 @@ def compare(
     result = Comparison(count, len(np.unique(doc_ids)), reader.name, found.pop(""), copies={str(n): v for n, v in by_number.items()})
     for name, said in searched.items():
         result.searches[name] = found[name] | {"copied_tokens": copied_tokens(found[name]["fve_nrm"], by_number)} | _about(lens, said)
+        fve = row_fve(join(parts[name])).tolist()
+        result.texts[name] = [{"explanation": text, "fve": value} for text, value in zip(said.texts, fve, strict=True)]
     return result
 
 

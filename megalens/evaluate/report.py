@@ -10,7 +10,7 @@ from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.table import COMPARED, WORTH, about_comparison, by_length, compared, describe, interval, number, worth
+from megalens.evaluate.table import COMPARED, WORTH, about_comparison, by_length, by_others, compared, describe, interval, number, worth
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
@@ -179,11 +179,12 @@ def _definitions() -> str:
 
 def _examples(result: Result, tail: int = 160) -> str:
     rows = []
-    for example in result.examples:
+    for row, example in enumerate(result.examples):
         context = example["context"]
         shown = "…" + context[-tail:] if len(context) > tail else context
-        said = escape(example["explanation"]) or "(nothing)"
-        fve = f'<span class="t {shade(example["fve"])}"> {example["fve"]:.2f} </span>'
-        rows.append(f'<tr><td class="tail">{escape(shown)}</td><td class="said">{said}</td><td>{fve}</td></tr>')
+        for label, each in ((shown, example), *by_others(result, row).items()):
+            said = escape(each["explanation"]) or "(nothing)"
+            fve = f'<span class="t {shade(each["fve"])}"> {each["fve"]:.2f} </span>'
+            rows.append(f'<tr><td class="tail">{escape(label)}</td><td class="said">{said}</td><td>{fve}</td></tr>')
     head = "<thead><tr><th>context ends with</th><th>explanation</th><th>FVE</th></tr></thead>"
     return f'<div class="card"><table class="words">{head}<tbody>{"".join(rows)}</tbody></table></div>'

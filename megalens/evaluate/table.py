@@ -125,11 +125,25 @@ def describe(result: Result) -> str:
 
 
 def examples(result: Result, tail: int = 60) -> str:
-    """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen. Empty where there are none."""
+    """The first held-out rows: the end of the context, the explanation, the row's FVE; not chosen. Empty where there are none.
+
+    Below each what other searches say of it, by their names.
+    """
     if not result.examples:
         return ""
     rows = [["context ends with", "→", "explanation", "   FVE"]]
-    for example in result.examples:
-        context, said = visible(example["context"]), visible(example["explanation"]).strip()
-        rows.append(["…" + context[-tail:] if len(context) > tail else context, "→", said, f"{example['fve']:6.2f}"])
+    for number, example in enumerate(result.examples):
+        context = visible(example["context"])
+        rows.append(["…" + context[-tail:] if len(context) > tail else context, "→", *_shown(example)])
+        rows += [[name, ":", *_shown(other)] for name, other in by_others(result, number).items()]
     return align(rows, "><<>", " ")
+
+
+def by_others(result: Result, number: int) -> dict[str, dict]:
+    """What the searches that the first one is compared with say of a row: ``explanation`` and ``fve`` by their names."""
+    _, *others = result.comparison.texts.items() or [("", [])]
+    return {name: texts[number] for name, texts in others if number < len(texts)}
+
+
+def _shown(explained: dict) -> list[str]:
+    return [visible(explained["explanation"]).strip(), f"{explained['fve']:6.2f}"]
