@@ -78,10 +78,12 @@ def schedule_value(schedule, step: int, clock: Clock) -> float:
     progress = 1.0 if step >= held + length else max(0.0, (step - held) / max(1, length))
     start, end = schedule.start_value, schedule.end_value
     if schedule.type == "linear":
-        return start + (end - start) * progress
-    if schedule.type == "cosine":
-        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-    return start * (end / start) ** progress  # exponential
+        value = start + (end - start) * progress
+    elif schedule.type == "cosine":
+        value = end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    else:  # exponential
+        value = start * (end / start) ** progress
+    return min(max(value, min(start, end)), max(start, end))  # rounding leads out of very unequal ends
 
 
 def lr_factor(scheduler, step: int, clock: Clock) -> float:

@@ -91,6 +91,7 @@ def files_of_settings(draw) -> bytes:
 
 @fuzzed(150)
 @given(files_of_settings())
+@example(b'seed: "\\U110B9F7B"')
 @example(b"dataset: 1e-05\ndataset.split_seed: true")
 @example(b"dataset.name.x: 1\ndataset.name: a")
 def test_a_settings_file_is_taken_or_refused_with_its_name(place, data):
@@ -128,6 +129,8 @@ def test_a_duration_that_is_taken_is_a_number_of_steps(text, clock):
     st.lists(st.integers(0, 10**12), min_size=1, max_size=4),
     st.sampled_from(["gumbel_tau_schedule", "mse_weight", "entropy_weight", "terms.x", "lr_multipliers.verbalizer.prompt"]),
 )
+@example({"start_value": 2**63}, Clock(1, 1, 1), [0, 1], "gumbel_tau_schedule")
+@example({"type": "exponential", "start_value": 1e-300, "end_value": 1e150}, Clock(1, 1, 9), [4], "mse_weight")
 def test_a_schedule_that_is_taken_lies_between_its_ends(said, clock, steps, key):
     config, refused = outcome(lambda: config_from_dict({"mse_weight": 1.0, **nested([(key, said)])}))
     if refused is not None:

@@ -41,6 +41,8 @@ def read_yaml(text: str, is_text: Callable[[tuple[str, ...]], bool] = lambda pat
         return loader.construct_document(_kept(root, (), is_text))
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # an escape beyond Unicode
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 

@@ -69,12 +69,17 @@ def stream_documents(config: Config, split: str) -> Iterator[tuple[int, str]]:
     own_split = settings.val_split if split == "val" else None
     with _reading(config):
         rows = _stream(config, own_split or settings.split)
+        other, is_text = None, False
         for doc_id, row in enumerate(islice(rows, settings.max_documents)):
             _check_column(config, row)
+            is_text = is_text or isinstance(row[column], str)
+            other = other or (None if is_text or row[column] is None else type(row[column]).__name__)
             mark = _mark({"text": [row[column]]}, settings.min_words, settings.split_seed)
             held_out = not settings.val_split and mark["draw"][0] < settings.val_fraction * 2.0**63
             if mark["usable"][0] and (own_split or held_out == (split == "val")):
                 yield doc_id, row[column]
+        if other and not is_text:
+            raise _no_text(config, other)
 
 
 def labels_of(config: Config, doc_ids: Sequence[int], columns: Sequence[str], held_out: bool = False) -> dict[str, list[str]]:
@@ -120,6 +125,8 @@ def _usable(config: Config, split: str) -> datasets.Dataset:
             desc=f"reading {split}",
         ).with_format("numpy")
     usable = np.flatnonzero(marks["usable"]) if len(found) else np.array([], np.int64)
+    if len(usable) == 0 and len(found) and not any(isinstance(text, str) for text in found["text"]):
+        raise _no_text(config, type(next((value for value in found["text"] if value is not None), None)).__name__)
     if len(usable) == 0:
         raise DataError(
             f"{source_name(config)} has no usable document in column '{column}': none of its {len(found)} rows is text of at least "
@@ -134,6 +141,13 @@ def _mark(batch: dict[str, list], min_words: int, seed: int) -> dict[str, list]:
     usable = [len(text.split()) >= max(1, min_words) and _DISAMBIGUATION not in text for text in texts]
     draw = [xxhash.xxh3_64_intdigest(text.encode(errors="replace"), seed=seed % (1 << 63)) >> 1 for text in texts]
     return {"usable": usable, "draw": draw}
+
+
+def _no_text(config: Config, kind: str) -> DataError:
+    """What to say of a column of which no row is text."""
+    holds = {"list": "lists", "dict": "objects", "NoneType": "nothing"}.get(kind, f"values of type {kind}")
+    what = f"column '{config.dataset.text_column}' of {source_name(config)} holds {holds}, not text"
+    return DataError(f"{what}; name a column of text with dataset.text_column, or write each row's text as one string")
 
 
 def _check_column(config: Config, columns) -> None:
@@ -163,6 +177,10 @@ def _stream(config: Config, split: str) -> Iterator[dict]:
     if files is None:
         return iter(datasets.load_dataset(config.dataset.name, config.dataset.config_name, split=split, streaming=True))
     _check_files(config, files)
+    return _rows_of(files)
+
+
+def _rows_of(files: list[Path]) -> Iterator[dict]:
     if kind_of(files[0]) == "text":
         return _text_rows(files)
     return iter(_builder(files).as_streaming_dataset("train"))
@@ -209,7 +227,7 @@ def _reading(config: Config) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, StopIteration, pa.ArrowException, zstandard.ZstdError, datasets.exceptions.DatasetsError) as error:
+    except _UNREADABLE as error:
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             reason = f"it is not UTF-8 ({cause.reason} at byte 0x{cause.object[cause.start]:02x}); convert it, e.g. with iconv"
@@ -218,4 +236,19 @@ def _reading(config: Config) -> Iterator[None]:
         is_local = Path(source_name(config)).expanduser().exists()
         takes = "dataset.name takes wiki-leads, a file or folder, or a dataset of the hub"
         hint = "" if is_local else f" (no local file has that name; {takes})"
-        raise DataError(f"cannot read {source_name(config)}: {reason}{hint}") from None
+        raise DataError(f"cannot read {_unreadable(config) or source_name(config)}: {reason}{hint}") from None
+
+
+_UNREADABLE = (OSError, ValueError, StopIteration, pa.ArrowException, zstandard.ZstdError, datasets.exceptions.DatasetsError)
+
+
+def _unreadable(config: Config) -> Path | None:
+    """Of a folder of files, the first that cannot be read by itself; None: there is none."""
+    files = local_files(config) or []
+    for path in files if len(files) > 1 else []:
+        try:
+            for _ in _rows_of([path]):
+                pass
+        except _UNREADABLE:
+            return path
+    return None
