@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from megalens.config import ConfigError
@@ -46,6 +47,20 @@ def rank() -> int:
         ConfigError: it is no number.
     """
     return _number("RANK", 0)
+
+
+def launcher_age() -> float:
+    """Seconds since this process's launcher was started: before any of its processes, and after all that was there when it was.
+
+    0 for a process without one, and where the system does not tell.
+    """
+    if launched().size == 1:
+        return 0.0
+    try:
+        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, float(Path("/proc/uptime").read_text().split()[0]) - started)
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _number(name: str, default: int) -> int:

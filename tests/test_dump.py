@@ -358,6 +358,20 @@ def test_force_makes_a_dump_anew_once_whatever_this_machines_clock_says(make_con
     assert all(path.stat().st_mtime_ns > before for path, before in zip(parts, made, strict=True))
 
 
+def test_a_rank_that_starts_late_keeps_what_the_first_has_made_anew(make_config, monkeypatch):
+    """Its launcher, like this test's parent process, is older than what any of its ranks has made."""
+    config = make_config(force_redump=True)
+    dump(config)
+    made = (config.activation_dir("train") / "meta.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            patch.setenv(name, value)
+        dump(config)
+    assert (config.activation_dir("train") / "meta.json").stat().st_mtime_ns == made
+    dump(config)
+    assert (config.activation_dir("train") / "meta.json").stat().st_mtime_ns > made
+
+
 def test_a_dump_serves_when_its_text_is_gone(make_config, place):
     config = make_config()
     dump(config)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import quick
 import zstandard
 
-from megalens.config import config_from_dict
+from megalens.config import ConfigError, config_from_dict
 from megalens.data import DataError
 from megalens.data.corpus import load_documents
 from megalens.data.pretokenize import encode, load_tokens, pretokenize, why_stale
@@ -170,6 +172,17 @@ def test_an_unusable_corpus_leaves_nothing(make_config):
     with pytest.raises(DataError, match="no usable document"):
         pretokenize(config)
     assert not [path for path in config.pretokenized_dir.parent.iterdir() if path.is_dir()]
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_made(make_config, tmp_path, place):
+    config = make_config()
+    model = shutil.copytree(config.model_name, tmp_path / "small")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"vocab_size": 300}))
+    config = dataclasses.replace(config, model_name=str(model))
+    with pytest.raises(ConfigError, match=r"gives ids up to \d+, and .*small has 300 embeddings"):
+        pretokenize(config)
+    assert [path for path in Path(config.pretokenize.root).rglob("*") if path.is_file() and not path.name.endswith(".lock")] == []
 
 
 def test_many_processes_give_the_same_tokens(make_config, place, tmp_path):

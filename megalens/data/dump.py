@@ -37,7 +37,7 @@ from megalens.device import resolve_device, resolve_dtype
 from megalens.engine import Ranks, sharers
 from megalens.families.loading import check_model, load_tokenizer
 from megalens.files import Folder, time_at
-from megalens.launcher import rank
+from megalens.launcher import launcher_age, rank
 from megalens.lens.prompts import check_context, check_tokenizer
 from megalens.lens.subject import Subject, load_to_read
 
@@ -56,7 +56,7 @@ def dump(config: Config) -> None:
         ConfigError: the subject cannot read contexts so long, or has no embedding for an id of the tokenizer.
     """
     encoding_of(config.activation_dumper.encoding)  # refused before anything is loaded
-    forced = time_at(Path(config.activation_dumper.root)) if config.force_redump else 0.0
+    forced = time_at(Path(config.activation_dumper.root)) - launcher_age() if config.force_redump else 0.0
     layers = [dataclasses.replace(config, layer_l=layer) for layer in sorted({*config.activation_dumper.layers} or {config.layer_l})]
     splits = [split for split in SPLITS if split == "val" or not config.on_the_fly]
     ranks = sharers(config, resolve_device(config.device))

@@ -16,8 +16,10 @@ from megalens.config import Config
 from megalens.data import DataError
 from megalens.data.corpus import is_stream, load_documents, processes, stream_documents
 from megalens.data.identity import dataset_identity, first_difference, tokenizer_identity
-from megalens.families.loading import load_tokenizer
+from megalens.families.loading import load_tokenizer, model_settings
 from megalens.files import Lock, checksum, explain_full_disk, save_json, time_at
+from megalens.launcher import launcher_age
+from megalens.lens.prompts import check_tokenizer
 
 VERSION = 1
 _COLUMNS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "doc_id": datasets.Value("int64")})
@@ -34,20 +36,23 @@ def pretokenize(config: Config) -> Path:
 
     Raises:
         DataError: the corpus is unusable, whole tokens of other settings are in the way, or the disk is full.
+        ConfigError: there is no such model or tokenizer, or the model has no embedding for an id of the tokenizer.
     """
     folder = config.pretokenized_dir
     folder.parent.mkdir(parents=True, exist_ok=True)
-    forced = time_at(folder.parent) if config.force_redump else 0.0
+    forced = time_at(folder.parent) - launcher_age() if config.force_redump else 0.0
     with Lock(folder.parent / f".{folder.name}.lock"):
         if not _made_before(folder, forced):
             if why_stale(config) is None:
                 return folder
             _refuse_to_replace(config)
+        tokenizer = load_tokenizer(config)
+        check_tokenizer(config, model_settings(config), tokenizer)
         unfinished = folder.parent / f".{folder.name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            _write(config, unfinished)
+            _write(config, unfinished, tokenizer)
         except OSError as error:
             raise explain_full_disk(error, folder.parent) from None
         finally:
@@ -146,8 +151,7 @@ def _start(tokenizer) -> list[int]:
     return []
 
 
-def _write(config: Config, folder: Path) -> None:
-    tokenizer = load_tokenizer(config)
+def _write(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     counts = (_write_streams if is_stream(config) else _write_documents)(config, folder, tokenizer)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths}

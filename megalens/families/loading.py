@@ -89,13 +89,22 @@ def _fetched(name: str) -> Path:
     return Path(settings).parent
 
 
+def model_settings(config: Config) -> Settings:
+    """The model's settings, whatever ``layer_l`` is.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    return from_pretrained(transformers.AutoConfig, config)
+
+
 def check_model(config: Config) -> Settings:
     """The model's settings, read without its weights.
 
     Raises:
         ConfigError: no such model, or ``layer_l`` or one of ``activation_dumper.layers`` is not a block of it.
     """
-    settings = from_pretrained(transformers.AutoConfig, config)
+    settings = model_settings(config)
     blocks, layers = settings.get_text_config().num_hidden_layers, config.activation_dumper.layers
     if config.layer_l >= blocks:
         raise ConfigError(f"layer_l={config.layer_l} is no block of {config.model_name}: it has {blocks}, so layer_l is 0 to {blocks - 1}")
