@@ -83,6 +83,8 @@ def train(config: Config) -> int:
     lens = build_lens(config, *start.standard, empty_blocks=shards_weights(config))
     weights = None if start.weights is None else lens.load_lens_state(start.weights)
     engine = build_engine(config, lens, lens.parameter_groups(), weights)
+    if shards_weights(config):  # those that were loaded whole are checked by now
+        lens.subject.check(engine.device)
     if start.resumed is not None:
         engine.load_state(read_optimizer(start.resumed, lens.lens_state_names()))
     validator = Validator(engine, lens, held_out, start.statistics)

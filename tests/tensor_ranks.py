@@ -11,7 +11,7 @@ import torch
 from parity import make_batch, share
 from safetensors.torch import save_file
 
-from megalens.config import config_from_dict
+from megalens.config import ConfigError, config_from_dict
 from megalens.engine import build_engine, data_share, join_ranks, leave_ranks, shards_weights
 from megalens.engine.state import OptimizerState
 from megalens.objective import Step, build_lens
@@ -57,11 +57,24 @@ def count_sums(engine, batch) -> tuple[int, int]:
     return forward, engine.traffic.calls["all_reduce"] - forward
 
 
+def refusal(lens, device) -> str:
+    """What is said of a sharded model whose logits are not what its own forward makes of them; nothing is said of it as it is."""
+    lens.subject.check(device)
+    lens.subject.lm.vocabulary.logit_scale *= 1.1
+    try:
+        lens.subject.check(device)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        lens.subject.lm.vocabulary.logit_scale /= 1.1
+    return ""
+
+
 def main(folder: Path) -> None:
     join_ranks(torch.device("cpu"))
     for kind in CASES:
         lens, engine = build(folder, kind, tensor_ranks=2)
-        metrics, place = [], folder / f"{kind}-saved"
+        metrics, place, refused = [], folder / f"{kind}-saved", refusal(lens, engine.device)
         limit, engine.config.grad_limit = engine.config.grad_limit, 1e-6  # a step that is skipped leaves the others as they are
         skipped = engine.train_step([share(batches()[0], *data_share(engine.config))], at(engine, 0))["skipped"]
         engine.config.grad_limit = limit
@@ -80,7 +93,7 @@ def main(folder: Path) -> None:
         engine.close()
         if engine.is_main:
             save_file(weights, place / "lens.safetensors")
-            seen = {"metrics": [*metrics, last], "skipped": skipped, "texts": texts, "decode": decode, "sums": sums}
+            seen = {"metrics": [*metrics, last], "skipped": skipped, "refused": refused, "texts": texts, "decode": decode, "sums": sums}
             (place / "seen.json").write_text(json.dumps(seen))
     leave_ranks()
 

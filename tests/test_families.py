@@ -204,6 +204,30 @@ def test_block_of_an_unknown_kind_is_refused():
         CausalLM(model)
 
 
+@pytest.mark.parametrize(
+    "model_type, longest, keys",
+    [
+        ("phi3", 12, {"rope_parameters": {"rope_type": "longrope"}, "original_max_position_embeddings": 12, "pad_token_id": 0}),
+        ("llama4_text", 15, {"floor_scale": 16, "num_local_experts": 2, "head_dim": 16}),
+    ],
+)
+def test_text_in_which_positions_mean_something_else_is_refused(model_type, longest, keys):
+    """There a patched position, read out of its text, would not be what it was in it."""
+    if "rope_parameters" in keys:
+        factors = [1.0] * 8
+        keys["rope_parameters"] |= {"rope_theta": 1e4, "short_factor": factors, "long_factor": [2.0 * f for f in factors]}
+    lm = CausalLM(build(model_type, **keys))
+    check_walk(lm)
+
+    def run(length):
+        positions = torch.arange(length)[None]
+        return lm.run(torch.zeros(1, length, 64), 0, 1, positions)
+
+    run(longest)
+    with pytest.raises(ConfigError, match=f"place tokens otherwise in texts of more than {longest}; shorten them"):
+        run(longest + 1)
+
+
 def test_weights_that_are_no_numbers_are_refused():
     lm = CausalLM(build("llama"))
     lm.blocks[1].mlp.up_proj.weight.data[0] = float("nan")

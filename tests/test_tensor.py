@@ -41,6 +41,13 @@ def test_sliced_lens_is_trained_as_by_one_process_and_goes_on_there(sliced, kind
     assert seen["metrics"][-1] == pytest.approx(engine.train_step([batches[-1]], tensor_ranks.at(engine, tensor_ranks.STEPS)), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", tensor_ranks.CASES)
+def test_sharded_model_is_held_against_its_own_forward_on_its_real_weights(sliced, kind):
+    refused = json.loads((sliced / f"{kind}-saved" / "seen.json").read_text())["refused"]
+    by = "8.9" if kind == "gemma2" else "10.0"  # soft-capped logits
+    assert f"its own logits differ by {by}% from those computed from its final norm and vocabulary matrix" in refused
+
+
 def test_decode_gathers_no_block_where_nodes_hold_copies(sliced):
     """A block sums twice, twice more where it is adapted (the upper two); the slot enters at the third, prompt and tokens at the first."""
     seen = json.loads((sliced / "gpt_neox-saved" / "seen.json").read_text())

@@ -78,7 +78,7 @@ class CausalLM(nn.Module):
             raise ConfigError(f"{refused}: they have blocks of the kind '{min(unknown)}'")
         self.vocabulary = Vocabulary(model, self.family.logit_scale)
         self.adapted: list[Any] = []  # peft's layers that carry adapters
-        self.softcap = self.family.softcap
+        self.softcap, self.longest = self.family.softcap, self.family.longest
         self._compiled_block: Callable[..., Tensor] | None = None  # what compile_blocks made
         self.eager = self.config._attn_implementation == "eager"
         for module in model.modules():  # the base is never trained with dropout
@@ -145,12 +145,20 @@ class CausalLM(nn.Module):
                 positions 0, 1, ... and the queries follow them.
             cache: earlier keys and values of these blocks; appended to.
             own: modules to use in place of the model's own blocks.
+
+        Raises:
+            ConfigError: the text is longer than the make can be walked for.
         """
         kinds, blocks = set(self.kinds[first:last]), self.blocks
         cached = cache.length(first) if cache is not None and first < last else 0
         masks = {kind: self._mask(kind, positions, key_positions, cached, hidden_BSD.dtype) for kind in kinds}
         if key_positions is None:
             key_positions = _following(positions, cached)
+        if key_positions.shape[-1] > (self.longest or key_positions.shape[-1]):
+            raise ConfigError(
+                f"models of type '{self.config.model_type}' place tokens otherwise in texts of more than {self.longest}; "
+                "shorten them (activation_dumper.seq_len)"
+            )
         positional = self.family.positional(hidden_BSD, positions, key_positions, kinds)
         if cache is not None:
             cache.batch = hidden_BSD.shape[0]

@@ -168,6 +168,12 @@ class Family:
             return {kind: None if KINDS[kind] == "state" else rotary(hidden, positions, kind) for kind in kinds}
         return dict.fromkeys(kinds, rotary(hidden, positions))
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens up to which a position means the same in every text; None: always. Some rotary embeddings depend on the last position."""
+        turns, whole = getattr(self.config, "rope_parameters", None) or {}, getattr(self.config, "max_position_embeddings", None)
+        return {"longrope": turns.get("original_max_position_embeddings"), "dynamic": whole}.get(str(turns.get("rope_type")))
+
     def mask(self, allowed_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
         """Which keys each query sees, as the make's attention wants to be told: booleans, or numbers to add to the scores."""
         if self.config._attn_implementation != "eager":

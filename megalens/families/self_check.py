@@ -21,20 +21,23 @@ _REORDERED = 5  # how much more another order of summation may change than the s
 _NOT_CALLABLE_SO = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # what foreign code raises at a wrong call
 
 
-def check_walk(lm: CausalLM) -> None:
+def check_walk(lm: CausalLM, device: torch.device | None = None) -> None:
     """Hold the walk against the model's own forward on a few tokens.
 
     Compared are the stream before each block and before the final norm, the logits, the same when the text is read in two parts, and the
     logits at two positions where the output of block 0 is replaced. Sliding windows are made shorter than the text for the time of the
-    check. The blocks may be only the first few of the model's. It costs five forward passes of 8 tokens; where the model is sharded, all
-    ranks check together.
+    check. The blocks may be only the first few of the model's. It costs about eight forward passes of 8 tokens, in the model's dtype and
+    under its engine: ranks that share a sharded model check together.
+
+    Args:
+        device: where the model computes; None: where its embedding is.
 
     Raises:
         ConfigError: they differ by more than the dtype's rounding, or the model cannot be walked at all.
     """
     try:
         with torch.no_grad(), _short_window(lm.config):
-            difference = _first_difference(lm)
+            difference = _first_difference(lm, device or lm.vocabulary.in_weight.device)
     except (torch.OutOfMemoryError, ConfigError):
         raise
     except _NOT_CALLABLE_SO as error:
@@ -67,9 +70,9 @@ def check_layout(settings: Settings, trust_remote_code: bool = False) -> None:
     check_walk(CausalLM(model))
 
 
-def _first_difference(lm: CausalLM) -> str | None:
+def _first_difference(lm: CausalLM, device: torch.device) -> str | None:
     """Describe the first place where the walk and the model's own forward differ."""
-    ids = _ids(lm)
+    ids = _ids(lm).to(device)
     positions = torch.arange(_TOKENS, device=ids.device)[None]
     with _entering([*lm.blocks]) as own_states, _entering([lm.norm]) as normed:
         own_logits = lm.model(ids, use_cache=False).logits
@@ -110,29 +113,28 @@ def _difference_in_parts(lm: CausalLM, ids: Tensor, whole: Tensor) -> str | None
 
 def _difference_when_patched(lm: CausalLM, ids: Tensor) -> str | None:
     """Compare logits where block 0's output is replaced: one token on what the blocks above kept, and the model's own forward."""
-    last_B = torch.tensor(_LAST, device=ids.device)
-    each_B, ids_BS = torch.arange(len(_LAST), device=ids.device), torch.stack([ids[0], ids[0].flip(0)])
+    each_B, last_B = torch.arange(len(_LAST), device=ids.device), torch.tensor(_LAST, device=ids.device)
+    ids_BS = torch.stack([ids[0], ids[0].flip(0)])
     positions = torch.arange(_TOKENS, device=ids.device)[None]
     after_BSD = lm.run(lm.enter(lm.embed(ids_BS), positions), 0, 1, positions)
     new_BD = after_BSD[each_B, last_B].flip(0) * 1.25
     hidden_BD, prefix = read_prefix(lm, after_BSD, 1, last_B, each_B)
     found = lm.logits(lm.final_norm(torch.stack([hidden_BD, prefix.go_on(lm, new_BD)])))
-    with _replacing(lm.blocks[0], last_B, new_BD):
-        patched = lm.model(ids_BS, use_cache=False).logits[each_B, last_B]
-    expected = torch.stack([lm.model(ids_BS, use_cache=False).logits[each_B, last_B], patched])
-    for name, mine, own in zip(("read", "patched"), found, expected, strict=True):
-        if not (error := _relative(mine, own)) <= _REORDERED * _TOLERANCE[lm.dtype]:
+    with _replacing(lm.blocks[0], each_B + len(_LAST), last_B, new_BD):
+        own = lm.model(ids_BS.repeat(2, 1), use_cache=False).logits.unflatten(0, (2, -1))[:, each_B, last_B]
+    for name, mine, expected in zip(("read", "patched"), found, own, strict=True):
+        if not (error := _relative(mine, expected)) <= _REORDERED * _TOLERANCE[lm.dtype]:
             return f"its own logits at a position that is {name} differ by {error:.1%} from those of one token on what its blocks kept"
     return None
 
 
 @contextmanager
-def _replacing(block: nn.Module, position_B: Tensor, value_BD: Tensor):
-    """A block whose output is replaced at one position of each row."""
+def _replacing(block: nn.Module, row_B: Tensor, position_B: Tensor, value_BD: Tensor):
+    """A block whose output is replaced at one position of some rows."""
 
     def replace(_, __, output):
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        hidden[torch.arange(len(position_B), device=hidden.device), position_B] = value_BD.to(hidden.dtype)
+        hidden[row_B, position_B] = value_BD.to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     hook = block.register_forward_hook(replace)
@@ -151,7 +153,7 @@ def _ids(lm: CausalLM) -> Tensor:
     rows, padding = lm.vocabulary.in_weight.shape[0], getattr(lm.config, "pad_token_id", None)
     chosen = dict.fromkeys(int(i * (rows - 1) / (2 * _TOKENS)) for i in range(1, 2 * _TOKENS))
     ids = [i for i in chosen if i != padding]
-    return torch.tensor([(ids * _TOKENS)[:_TOKENS]], device=lm.vocabulary.in_weight.device)
+    return torch.tensor([(ids * _TOKENS)[:_TOKENS]])
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -167,6 +167,18 @@ class Subject(nn.Module):
         """How ``ranks`` can slice the blocks' layers among them; see :meth:`CausalLM.slicing`."""
         return dict.fromkeys(self.lm.blocks, self.lm.slicing(ranks))
 
+    def check(self, device: torch.device) -> None:
+        """Hold the walk against the model's own forward, on the weights that an engine has sharded; all ranks that share them together.
+
+        Args:
+            device: where the engine computes.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        with adapter(self.lm, None):
+            check_walk(self.lm, device)
+
     def initial(self, name: str) -> Tensor:
         """The values of a parameter that is on the meta device, read from its file."""
         if self.files is None:
@@ -220,7 +232,9 @@ def load_to_read(config: Config) -> tuple[Subject, Ranks]:
         subject = load_subject(config, config.layer_l)
         return subject, Ranks(subject.device)
     subject = load_subject(config, config.layer_l, empty_blocks=True)
-    return subject, shard_frozen(config, subject)
+    ranks = shard_frozen(config, subject)
+    subject.check(ranks.device)
+    return subject, ranks
 
 
 def units_of(module: nn.Module, lm: CausalLM, whole: list[nn.Module]) -> list[list[nn.Module]]:

@@ -55,6 +55,7 @@ class Megalens:
         weights = lens.load_lens_state(read_weights(folder))
         if shards_weights(config):
             lens.ranks = shard_frozen(config, lens, weights)
+            lens.subject.check(lens.ranks.device)
         return LoadedLens(lens.eval(), statistics)
 
     def save(self, folder: Path, loaded: LoadedLens) -> None:
