@@ -11,6 +11,7 @@ from test_lens import at, make_batch, perturb
 from megalens.config import Config, ConfigError, Evaluation, Lora, Reconstructor, Verbalizer, config_from_dict, validate
 from megalens.evaluate.evaluation import evaluate, first_tokens
 from megalens.evaluate.measure import said
+from megalens.evaluate.report import render
 from megalens.evaluate.table import by_length, table
 from megalens.evaluate.text import to_ids
 from megalens.explain.search import Greedy, search_named
@@ -290,6 +291,8 @@ def test_lengths_and_unfinished_texts_are_counted_and_told(measured):
     assert ours["tokens"] == pytest.approx(np.mean(tokens))
     assert f"{ours['tokens']:.1f} tokens in the mean; {ours['unfinished']:.1%} of its texts did not end" in table(result)
     assert "up to 6 tokens, each copy as long as its text" in table(result)
+    page = render(result, "a run", [])
+    assert f"{ours['tokens']:.1f} tokens in the mean" in page and "The first tokens alone" in page and "first 3 tokens" in page
 
 
 def test_a_copy_is_as_long_as_the_very_text_it_stands_for(measured, monkeypatch):

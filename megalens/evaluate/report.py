@@ -10,7 +10,19 @@ from megalens.evaluate.baselines import SOURCES
 from megalens.evaluate.coloured import coloured, legend, shade, token_page
 from megalens.evaluate.evaluation import Result
 from megalens.evaluate.metrics import FIGURES, TABLES
-from megalens.evaluate.table import COMPARED, WORTH, about_comparison, by_length, by_others, compared, describe, interval, number, worth
+from megalens.evaluate.table import (
+    COMPARED,
+    WORTH,
+    about_comparison,
+    by_length,
+    by_others,
+    compared,
+    describe,
+    interval,
+    lengths_told,
+    number,
+    worth,
+)
 from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
@@ -54,7 +66,7 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         *(_table(result, names) for names in TABLES),
         *(["<h2>The first tokens alone</h2>", _cells(by_length(result))] if result.prefixes else []),
         f'<p class="soft">{escape(describe(result))} {result.roundtrip:.1%} of the explanations are re-tokenised to the very tokens '
-        "that were said; all are read from their string.</p>",
+        f"that were said; all are read from their string. {lengths_told(result)}</p>",
         _definitions(),
         "<h2>Searches for words</h2>",
         _comparison(result),

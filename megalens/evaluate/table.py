@@ -29,11 +29,18 @@ def table(result: Result) -> str:
         describe(result),
         f"The lens: cos at its 5, 50 and 95 % quantiles {quantiles}; {result.roundtrip:.1%} of its texts round-trip token for token.",
     ]
-    if "unfinished" in ours:
-        notes.append(f"Its explanations have {ours['tokens']:.1f} tokens in the mean; {ours['unfinished']:.1%} of its texts did not end.")
+    notes += filter(None, [lengths_told(result)])
     if result.prefixes:
         blocks.append(align(by_length(result)))
     return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def lengths_told(result: Result) -> str:
+    """In one sentence, how long the explanations are; empty where all have one length."""
+    ours = result.figures["lens"]
+    if "unfinished" not in ours:
+        return ""
+    return f"Its explanations have {ours['tokens']:.1f} tokens in the mean; {ours['unfinished']:.1%} of its texts did not end."
 
 
 def by_length(result: Result) -> list[list[str]]:
