@@ -22,6 +22,7 @@ class Config(WithWeights):
     """One training, from the text to the lens."""
 
     model_name: str = setting("data/models/SmolLM2-135M-Instruct", "the subject: a local folder or a Hugging Face model")
+    revision: str | None = setting(None, "branch, tag or commit of a Hugging Face model and its tokenizer; null: its main branch")
     tokenizer_name: str | None = setting(None, "null: the subject's own")
     trust_remote_code: bool = setting(False, "run code that comes with the model; only for models you trust")
     layer_l: int = setting(19, "activations are read after this decoder block (0-based)")

@@ -19,10 +19,13 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from megalens.config import Config, ConfigError
 from megalens.device import materialise, resolve_dtype
 from megalens.families.causal_lm import CausalLM
+from megalens.families.hub import snapshot, weight_files
 from megalens.families.protocol import Settings
 from megalens.families.registry import attention_of, class_of
 from megalens.families.self_check import check_layout
 from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, weight_count, wrong_shape
+
+_NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory")
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -50,10 +53,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def subject_fingerprint(config: Config) -> str:
-    """A short hash of the model's settings and weights, without loading them: its config, each weight file's size, header and samples."""
-    folder = _model_folder(config)
+    """A short hash of the model's settings and weights, without loading them: its config, each weight file's size, header and samples.
+
+    Of a hub model, what is not in the cache is fetched first, so that the hash does not depend on what is.
+    """
+    folder = place_of(config, weights=True)
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in [folder / "config.json", *(folder / file for file in weight_files(folder) if (folder / file).exists())]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -63,30 +69,29 @@ def subject_fingerprint(config: Config) -> str:
     return digest.hexdigest()[:16]
 
 
-def _model_folder(config: Config) -> Path:
-    _check_folder(config.model_name)
-    if os.path.isdir(config.model_name):
-        return Path(config.model_name)
-    return _fetched(config.model_name)
+def place_of(config: Config, name: str | None = None, weights: bool = False) -> Path:
+    """The folder of a model's files: its own, or of a hub model that of ``config.revision``, fetched where it is not cached.
+
+    Args:
+        name: another model than the subject, at its main revision.
+        weights: also fetch its weights.
+
+    Raises:
+        ConfigError: it does not exist, cannot be fetched, or is a folder, which has no revisions.
+    """
+    name = name or config.model_name
+    _check_folder(name)
+    revision = config.revision if name == config.model_name else None
+    if not os.path.isdir(name):
+        return snapshot(name, revision, weights)
+    if revision is not None:
+        raise ConfigError(f"revision={revision} is for models of the hub, and model_name={name} is a folder; leave revision out")
+    return Path(name)
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a hub model's files; those that it would be loaded from are fetched, where they are not there, and not opened."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    try:
-        settings = cached_file(name, "config.json")
-        if settings is None:
-            raise OSError("it has no config.json")
-        whole = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-        if whole is None:
-            get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0].removesuffix(".")
-        mend = f"fetch it where there is a network (hf download {name}) or name a local folder"
-        raise ConfigError(f"cannot load {name}: {reason}; {mend}") from None
-    return Path(settings).parent
+def commit_of(config: Config) -> str | None:
+    """The commit that a hub model's files are of; None: it is a local folder."""
+    return None if os.path.isdir(config.model_name) else place_of(config).name
 
 
 def model_settings(config: Config) -> Settings:
@@ -123,7 +128,7 @@ def load_model(config: Config, settings: Settings) -> PreTrainedModel:
         ConfigError: its files are missing or damaged, lack a weight, or hold one of another shape.
     """
     name = config.model_name
-    _check_blocks(name, settings)
+    _check_blocks(config, settings)
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that both come back in words, not as a table
     options = model_options(config, settings) | report
     model, found = from_pretrained(class_of(settings), config, config=settings, use_safetensors=True, **options)
@@ -156,13 +161,13 @@ def load_without_blocks(
         raise ConfigError(
             f"{config.model_name} is quantised, which engines that shard the model cannot read; name the model it was made of"
         )
-    _check_blocks(config.model_name, settings)
+    _check_blocks(config, settings)
     check_layout(settings, config.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         options = model_options(config, settings)
         model = class_of(settings).from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     model.tie_weights()
-    lm, files = CausalLM(model), WeightFiles(config.model_name, model)
+    lm, files = CausalLM(model), WeightFiles(str(place_of(config, weights=True)), model)
     if upto_block is not None:
         del lm.blocks[upto_block + 1 :]
         model.get_output_embeddings().weight = lm.vocabulary.out_weight = lm.vocabulary.in_weight  # nothing is said: it is not read
@@ -175,11 +180,13 @@ def load_without_blocks(
     return lm, files
 
 
-def _check_blocks(name: str, settings: Settings) -> None:
+def _check_blocks(config: Config, settings: Settings) -> None:
     """Refuse a configuration of more blocks than its files can have, before they are built: each has several weights."""
-    blocks, found = settings.get_text_config().num_hidden_layers, weight_count(name)
+    blocks, found = settings.get_text_config().num_hidden_layers, weight_count(str(place_of(config, weights=True)))
     if found is not None and blocks > found:
-        raise ConfigError(f"{name} is damaged: {blocks} blocks by its config.json, {found} weights in its files; fetch both from one place")
+        raise ConfigError(
+            f"{config.model_name} is damaged: {blocks} blocks by its config.json, {found} weights in its files; fetch both from one place"
+        )
 
 
 def model_options(config: Config, settings: Settings) -> dict[str, Any]:
@@ -193,8 +200,7 @@ def from_pretrained(factory: Any, settings: Config, name: str | None = None, **o
     Raises:
         ConfigError: it cannot; the message is one line.
     """
-    name = name or settings.model_name
-    _check_folder(name)
+    name = str(place_of(settings, name, weights=factory is transformers.AutoModelForCausalLM))
     try:
         with _quiet():
             return factory.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
@@ -214,6 +220,9 @@ def _why_not(factory, name: str, error: Exception) -> str:
     if reason.startswith("Couldn't instantiate the backend tokenizer"):
         files = "tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"
         return f"{name} has no tokenizer files ({files}); copy them there, or set tokenizer_name to a model with the same tokenizer"
+    if any(sign in reason for sign in _NO_MEMORY):
+        mend = "share it among ranks, as in torchrun --nproc_per_node 8 ... engine=fsdp (docs/large.md), or name a smaller model"
+        return f"out of memory: {name} does not fit into this process ({reason}); {mend}"
     if isinstance(error, json.JSONDecodeError) and (bad := _bad_json(name)):
         return f"{bad} is no valid JSON: it is damaged or a pointer of Git LFS; fetch it anew"
     if isinstance(error, OSError) and SAFE_WEIGHTS_NAME in reason and (Path(name).is_dir() or find_file(name, WEIGHTS_NAME)):

@@ -20,7 +20,7 @@ from megalens.config import Config, config_from_dict, config_to_dict
 from megalens.config.reading import kind_of
 from megalens.engine import shard_frozen, shards_weights
 from megalens.engine.state import OptimizerState, Part, copied, part_files
-from megalens.families.loading import subject_fingerprint
+from megalens.families.loading import commit_of, subject_fingerprint
 from megalens.files import save_json, save_tensors
 from megalens.lens.names import stable_names
 from megalens.statistics import ActivationStatistics
@@ -88,7 +88,7 @@ def save_lens(
         "width": len(statistics.mean),
         "subject": {"model_name": config.model_name, "layer_l": config.layer_l, "fingerprint": fingerprint},
         "versions": versions(),
-        "config": config_to_dict(config),
+        "config": config_to_dict(config) | {"revision": commit_of(config)},
     }
     written = weights.write(folder, "lens")
     kept = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(ActivationStatistics)}
@@ -140,6 +140,8 @@ def read_config(folder: str | Path, arguments: Sequence[str] = (), **changes: An
         writer, here = (found.get("megalens", "of an unknown version") for found in (about.get("versions", {}), versions()))
         what = f"{Path(folder) / 'lens.json'} has the key '{unknown}' of megalens {writer}, which megalens {here} does not know"
         raise CheckpointError(f"{what}; read it with that version, or update this one")
+    if "model_name" in changes or any(argument.removeprefix("--").startswith("model_name=") for argument in arguments):
+        saved.pop("revision", None)  # that of the model it was trained on
     return config_from_dict(_merged(saved, changes), arguments)
 
 
