@@ -31,15 +31,18 @@ SETTINGS = {
 }
 
 
-def make_run(folder: Path, kind: str = "llama") -> Path:
-    """Model, corpus, dumps and ``outputs/tiny/best`` under ``folder``; returns the last."""
-    model, text = make_model(folder / "model", kind=kind), make_text(folder / "text.jsonl", documents=40)
+def make_run(folder: Path, kind: str = "llama", model: Path | None = None, **settings) -> Path:
+    """Model, corpus, dumps and ``outputs/tiny/best`` under ``folder``; returns the last.
+
+    ``model`` is one that is there already; ``settings`` are other than :data:`SETTINGS`.
+    """
+    model, text = model or make_model(folder / "model", kind=kind), make_text(folder / "text.jsonl", documents=40)
     roots = {
         "dataset": {"name": str(text), "val_fraction": 0.5},
         "activation_dumper": SETTINGS["activation_dumper"] | {"root": str(folder / "activations")},
         "pretokenize": SETTINGS["pretokenize"] | {"root": str(folder / "pretokenized")},
     }
-    config = config_from_dict(SETTINGS | roots | {"model_name": str(model), "output_dir": str(folder / "outputs")})
+    config = config_from_dict(SETTINGS | settings | roots | {"model_name": str(model), "output_dir": str(folder / "outputs")})
     pretokenize(config)
     dump(config)
     statistics = ShardReader(config.activation_dir("train")).statistics
