@@ -12,9 +12,11 @@ from tiny_run import make_subject_and_dump, tiny_config
 from megalens.checkpoint import CheckpointError
 from megalens.checkpoint.formats import load_lens
 from megalens.config import ConfigError, Weight, load_config
+from megalens.config import Rollouts as Rolled
 from megalens.families.adapters import adapter
 from megalens.lens.names import stable_names
 from megalens.lens.rollouts import Rollouts
+from megalens.lens.sampling import Law
 from megalens.objective import Pass, Step
 from megalens.objective.anchor import ReferenceKl, mean_of_texts, sampled_kl
 from megalens.tiny import make_model
@@ -84,19 +86,22 @@ def test_a_lens_gradient_over_its_whole_vocabulary_is_that_of_the_exact_kl(model
 
 def test_what_stands_behind_an_end_token_does_not_count():
     values_NT = torch.tensor([[1.0, 2.0, 100.0, 100.0], [4.0, 4.0, 4.0, 4.0]])
-    assert mean_of_texts(values_NT, torch.tensor([1, 4])) == (1.5 + 4.0) / 2
+    rollouts = Rollouts(torch.zeros(1, 2, 4), torch.tensor([[1, 4]]), torch.zeros(1, 2, 4))
+    assert mean_of_texts(values_NT, rollouts.said_BKT[0]) == (1.5 + 4.0) / 2
 
 
 def test_the_term_is_the_mean_over_texts_of_what_was_sampled(model):
-    lens, batch = perturb(make_lens(model, "lora", terms=ON)), make_batch()
+    lens, batch = perturb(make_lens(model, "lora", terms=ON, rollouts=Rolled(draws=2, temperature=0.7))), make_batch()
     at = Step.fixed(lens.config, 1)
     rollouts = lens.rollout(batch["activation"], batch["sample_id"], 1, 2)
-    cut = Rollouts(rollouts.ids_BKT, torch.full_like(rollouts.lengths_BK, 1), rollouts.log_prob_BKT)
+    law = Law(0.7)
+    cut = Rollouts(rollouts.ids_BKT, torch.full_like(rollouts.lengths_BK, 1), rollouts.log_prob_BKT, law)
     term = ReferenceKl(lens.config)
+    assert term.draws == 2
     for each, tokens in ((rollouts, 5), (cut, 2)):
         found = term(Pass(lens, batch, at, [term], each))
         a_ND, ids_NT = batch["activation"].repeat_interleave(2, 0), each.ids_BKT.flatten(0, 1)
-        d_NT = lens.verbalizer.log_prob_of(a_ND, ids_NT) - lens.reference_log_prob(a_ND, ids_NT)
+        d_NT = lens.verbalizer.score(a_ND, ids_NT, law).log_prob - lens.reference.score(a_ND, ids_NT, law).log_prob
         torch.testing.assert_close(found, 0.5 * d_NT[:, :tokens].square().mean())
 
 

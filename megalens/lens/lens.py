@@ -19,7 +19,7 @@ from megalens.lens.names import GROUPS, group_of, module_names, stable_name
 from megalens.lens.prompts import prompts_of, window_of
 from megalens.lens.reconstructor import Prefix, Reconstructor
 from megalens.lens.rollouts import Rollouts
-from megalens.lens.sampling import Law, Ranks
+from megalens.lens.sampling import ITS_OWN, Law, Ranks
 from megalens.lens.subject import Read, Subject, shared_contexts, units_of
 from megalens.lens.text import Text, lengths_of, read_order, tail_ids
 from megalens.lens.verbalizer import Verbalizer
@@ -162,15 +162,15 @@ class ConsistencyLens(nn.Module):
         return tail_ids(batch["input_ids"], position_B, reach, self.config.tail_order, lengths_B), lengths_B
 
     @torch.no_grad()
-    def reference_log_prob(self, a_BD: Tensor, ids_BT: Tensor) -> Tensor:
-        """Log-probabilities ``[B, T]``, in nats, that the verbalizer gave to texts when the training began.
+    def reference_log_prob(self, a_BD: Tensor, ids_NT: Tensor, law: Law = ITS_OWN) -> Tensor:
+        """Log-probabilities ``[N, T]``, in nats, that the verbalizer gave to texts when the training began; as :meth:`Verbalizer.score`.
 
         Raises:
             ValueError: no weight asks for the reference, so none was kept.
         """
         if self.reference is None:
             raise ValueError("the verbalizer as it was when the training began is kept only where terms.reference_kl has a weight")
-        return self.reference.log_prob_of(a_BD, ids_BT)
+        return self.reference.score(a_BD, ids_NT, law).log_prob
 
     @torch.no_grad()
     def reconstruct_swaps(self, ids_GT: Tensor, lengths_G: Tensor, place: int, group_B: Tensor, token_B: Tensor) -> Tensor:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from megalens.config import Config
+from megalens.lens.sampling import Law
 from megalens.objective.base import Pass, Term
 
 
 class ReferenceKl(Term):
-    """KL between the verbalizer and the reference per token, in nats, estimated from rollouts; the reference is a constant."""
+    """KL between the verbalizer and the reference per token, in nats, estimated from rollouts; the reference is a constant.
 
-    name, needs, draws = "reference_kl", frozenset({"rollouts", "reference"}), 1
+    Both at the temperature that the rollouts were sampled at. What ``rollouts.top_p`` cuts off counts in neither's favour: the estimate is of
+    the whole distributions, from tokens of the nucleus.
+    """
+
+    name, needs = "reference_kl", frozenset({"rollouts", "reference"})
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.draws = config.rollouts.draws
 
     def __call__(self, made: Pass) -> Tensor:
-        ids_NT, settings = made.rollouts.ids_BKT.flatten(0, 1), made.config.reference
-        said_NT = made.log_prob_BKT.flatten(0, 1)
-        kl_NT = sampled_kl(said_NT, made.lens.reference_log_prob(made.activation_BD, ids_NT), settings.estimator, settings.clamp)
-        return mean_of_texts(kl_NT, made.rollouts.lengths_BK.flatten())
+        rollouts, settings, law = made.rollouts, made.config.reference, Law(made.rollouts.law.temperature)
+        a_BD, ids_NT = made.activation_BD, rollouts.ids_BKT.flatten(0, 1)
+        if rollouts.law == law:
+            said_NT = made.said.log_prob.flatten(0, 1)  # which the policy has too
+        else:
+            said_NT = made.lens.verbalizer.score(a_BD, ids_NT, law).log_prob
+        kl_NT = sampled_kl(said_NT, made.lens.reference_log_prob(a_BD, ids_NT, law), settings.estimator, settings.clamp)
+        return mean_of_texts(kl_NT, rollouts.said_BKT.flatten(0, 1))
 
 
 def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str, clamp: float) -> Tensor:
@@ -41,11 +54,6 @@ def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str, clamp: float
     return most.exp() * (1.0 - d - most) - 1.0 + d
 
 
-def mean_of_texts(values_NT: Tensor, lengths_N: Tensor) -> Tensor:
-    """The mean over texts of the mean over each one's tokens: every rank's share of a batch weighs the same.
-
-    Args:
-        lengths_N: tokens of each text; the end token behind it counts too where there is one.
-    """
-    counts_NT = torch.arange(values_NT.shape[1], device=values_NT.device) <= lengths_N[:, None]
-    return ((values_NT * counts_NT).sum(1) / counts_NT.sum(1)).mean()
+def mean_of_texts(values_NT: Tensor, said_NT: Tensor) -> Tensor:
+    """The mean over texts of the mean over the tokens that each said: every rank's share of a batch weighs the same."""
+    return ((values_NT * said_NT).sum(1) / said_NT.sum(1)).mean()
