@@ -208,11 +208,11 @@ class ConsistencyLens(nn.Module):
         """What a sharding engine gathers together: the tied vocabulary, every block, and each other part that is called on its own."""
         maps = [self.verbalizer.projection, self.reconstructor.head]
         maps += [self.reference.projection] if self.reference is not None else []
-        return units_of(self, self.subject.lm, [*self._all_blocks(), *(part for part in maps if any(True for _ in part.parameters()))])
+        return units_of(self, self.subject.lm, [*self.all_blocks(), *(part for part in maps if any(True for _ in part.parameters()))])
 
     def slicing(self, ranks: int) -> dict[nn.Module, dict[str, str]]:
         """How ``ranks`` can slice layers among them (tensor parallelism): by module and path within it, see :meth:`CausalLM.slicing`."""
-        return dict.fromkeys(self._all_blocks(), self.subject.lm.slicing(ranks))
+        return dict.fromkeys(self.all_blocks(), self.subject.lm.slicing(ranks))
 
     def lens_state_names(self) -> list[str]:
         """Names in the module of all that is neither the frozen subject nor the reference: what a lens is (under stable names)."""
@@ -264,7 +264,7 @@ class ConsistencyLens(nn.Module):
         block = next(path for path, module in lm.model.named_modules() if module is lm.blocks[int(index)])
         return self.subject.initial(f"lm.model.{block}.{within}")
 
-    def _all_blocks(self) -> list[nn.Module]:
+    def all_blocks(self) -> list[nn.Module]:
         """The subject's blocks and every role's own."""
         own = [self.verbalizer.own, self.reconstructor.own, *([] if self.reference is None else [self.reference.own])]
         return [*self.subject.lm.blocks, *(block for blocks in own for block in blocks.values())]

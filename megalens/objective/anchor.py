@@ -12,7 +12,7 @@ from megalens.objective.base import Pass, Term
 class ReferenceKl(Term):
     """KL between the verbalizer and the reference per token, in nats, estimated from rollouts; the reference is a constant.
 
-    Both at the temperature that the rollouts were sampled at. What ``rollouts.top_p`` cuts off counts in neither's favour: the estimate is of
+    Both at the temperature that the rollouts were sampled at. What ``rollouts.top_p`` cuts off is not left out of them: the estimate is of
     the whole distributions, from tokens of the nucleus.
     """
 

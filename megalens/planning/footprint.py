@@ -6,11 +6,13 @@ The lens takes the step on PyTorch's meta device, where tensors have shapes but 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +24,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalens.batch import Batch
 from megalens.config import Config, ConfigError
+from megalens.config.rules import schedules
 from megalens.families.causal_lm import CausalLM
 from megalens.families.loading import check_model, load_tokenizer, model_options
 from megalens.families.protocol import Settings
 from megalens.lens.lens import ConsistencyLens
+from megalens.lens.rollouts import Rollouts
 from megalens.lens.subject import Subject
 from megalens.objective import TERMS, Objective, Step
 from megalens.ops.tile import tile_size
 from megalens.planning.attention import fused_attention
 from megalens.planning.flops import FLOPS
 
-# A step is linear in the samples, the blocks up to layer_l and the blocks above it; four small measurements give all of it.
-_SMALL, _SAMPLES = (2, 2), (2, 4)
+# A step is linear in the samples, the blocks up to layer_l and the blocks above it, and of second degree in the tokens of a text; small
+# measurements give all of it.
+_SMALL, _SAMPLES, _TOKENS = (2, 2), (2, 4), (10, 15, 20)
+_Line = tuple[float, float]  # of a quantity: fixed, and per sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What one call that samples rollouts needs, ``fixed + n * per_sample`` for all texts of n activations.
+
+    Attributes:
+        passed, gathers: elements gathered in a call in which every unit is gathered at each use, and the number of those uses.
+        summed_fixed, summed_per_sample: elements of hidden states that tensor-parallel ranks sum.
+        bytes_fixed, bytes_per_sample: bytes allocated at its peak, with the tiles of logits.
+        flops_fixed, flops_per_sample: FLOPs.
+    """
+
+    passed: float
+    gathers: float
+    summed_fixed: float
+    summed_per_sample: float
+    bytes_fixed: float
+    bytes_per_sample: float
+    flops_fixed: float
+    flops_per_sample: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Footprint:
         sizes: elements of each parameter.
         width: bytes of an element.
         vocabulary, block: elements of the vocabulary and of the largest block; a sharded engine gathers each of them as one.
+        blocks: elements of all blocks, the roles' own too.
         trained_block: trained elements of the block that trains most.
         passed, gathers: elements gathered in a step in which every unit is gathered at each use, and the number of those uses.
         summed_fixed, summed_per_sample: elements of hidden states that tensor-parallel ranks sum in a step; 0 without them.
@@ -55,6 +83,7 @@ class Footprint:
         kv_per_sample: bytes of the decode's keys and values; ``bytes_per_sample`` contains them.
         tiles_fixed, tiles_per_sample: bytes that vocabulary operations, with their tiles of logits, add to that peak; negative where
             they stay below it.
+        sampling: of the rollouts ahead of the step; None where no term wants any.
     """
 
     frozen: int
@@ -63,6 +92,7 @@ class Footprint:
     width: int
     vocabulary: int
     block: int
+    blocks: int
     trained_block: int
     passed: float
     gathers: float
@@ -75,6 +105,10 @@ class Footprint:
     kv_per_sample: float
     tiles_fixed: float
     tiles_per_sample: float
+    sampling: Sampling | None = None
+
+
+_QUANTITIES = 6  # of :func:`_counted`
 
 
 def footprint(config: Config) -> Footprint:
@@ -88,7 +122,8 @@ def footprint(config: Config) -> Footprint:
     lens = meta_lens(config)
     parameters, (*blocks, vocabulary) = list(lens.parameters()), _units(lens)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    peak, flops, passed, gathers, summed, tiles = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
+    step, sampled = _step(config, config.layer_l + 1, lens.subject.num_blocks - config.layer_l - 1)
+    peak, flops, passed, gathers, summed, tiles = step
     model = lens.subject.lm.config
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -101,6 +136,7 @@ def footprint(config: Config) -> Footprint:
         width=width,
         vocabulary=_numel(vocabulary),
         block=max(map(_numel, blocks)),
+        blocks=sum(map(_numel, blocks)),
         trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
         passed=passed[0],
         gathers=gathers[0],
@@ -110,14 +146,38 @@ def footprint(config: Config) -> Footprint:
         bytes_per_sample=peak[1],
         flops_fixed=flops[0],
         flops_per_sample=flops[1],
-        kv_per_sample=2.0 * heads * head * model.num_hidden_layers * tokens * width,
+        kv_per_sample=2.0 * heads * head * model.num_hidden_layers * tokens * width if _decodes(config) else 0.0,
         tiles_fixed=tiles[0],
         tiles_per_sample=tiles[1],
+        sampling=_sampling(*sampled) if sampled else None,
     )
 
 
-def _step(config: Config, lower: int, upper: int) -> list[tuple[float, float]]:
-    """(fixed, per sample) of each quantity of :func:`_measure`, for ``lower`` blocks up to ``layer_l`` and ``upper`` above it."""
+def _sampling(peak: _Line, flops: _Line, passed: _Line, gathers: _Line, summed: _Line, tiles: _Line) -> Sampling:
+    whole = [a + max(0.0, b) for a, b in zip(peak, tiles, strict=True)]
+    return Sampling(passed[0], gathers[0], *summed, *whole, *flops)
+
+
+def _decodes(config: Config) -> bool:
+    """Does a term take a soft text, whose keys and values stay until backward?"""
+    at = fullest(config)
+    return any("text" in term.needs and term.weight(at) for term in Objective(config, TERMS).terms)
+
+
+def _step(config: Config, lower: int, upper: int) -> tuple[list[_Line], list[_Line]]:
+    """Each quantity of :func:`_measure` for ``lower`` blocks up to ``layer_l`` and ``upper`` above it: of a step, and of its sampling."""
+    lengths = (config.t_text,) if config.t_text <= max(_TOKENS) else _TOKENS
+    found = [_at_depth(dataclasses.replace(config, t_text=length), lower, upper) for length in lengths]
+    shares = [math.prod((config.t_text - b) / (a - b) for b in lengths if b != a) for a in lengths]
+    lines = [
+        (sum(w * a for w, (a, _) in each), sum(w * b for w, (_, b) in each))
+        for each in (list(zip(shares, q, strict=True)) for q in zip(*found, strict=True))
+    ]
+    return lines[:_QUANTITIES], lines[_QUANTITIES:]
+
+
+def _at_depth(config: Config, lower: int, upper: int) -> list[_Line]:
+    """Each quantity of :func:`_measure`, for so many blocks."""
     at = {depth: _measure(config, *depth) for depth in [_SMALL, (_SMALL[0] + 1, _SMALL[1]), (_SMALL[0], _SMALL[1] + 1)]}
     base, *more = at.values()
     result = []
@@ -136,21 +196,28 @@ def _beyond(lower: int, upper: int) -> tuple[int, int]:
 
 
 def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
-    """Peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes the vocabulary adds to the peak; for each of ``_SAMPLES``."""
+    """The :func:`_counted` quantities of a step and, where a term wants rollouts, of sampling them; for each of ``_SAMPLES``."""
     lens = meta_lens(config, (lower, upper))
     found: list[tuple[float, ...]] = []
     for samples in _SAMPLES:
         batch = meta_batch(config, lens, samples)
-        with (
-            _counted_uses(_units(lens)) as uses,
-            fused_attention(),
-            LiveBytes(lens) as live,
-            FlopCounterMode(display=False, custom_mapping=FLOPS) as flops,
-        ):
-            take_step(lens, batch)
-        passed, summed = sum(use[0] for use in uses), _summed(config, lens, uses)
-        found.append((live.peak, flops.get_total_flops(), passed, len(uses), summed, live.tiled - live.peak))
+        rollouts, sampled = _counted(config, lens, partial(sample_rollouts, lens, batch))
+        _, step = _counted(config, lens, partial(take_step, lens, batch, rollouts))
+        found.append(step if rollouts is None else step + sampled)
     return found
+
+
+def _counted(config: Config, lens: ConsistencyLens, work: Callable[[], Any]) -> tuple[Any, tuple[float, ...]]:
+    """What some work gives; and its peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes the vocabulary adds to the peak."""
+    with (
+        _counted_uses(_units(lens)) as uses,
+        fused_attention(),
+        LiveBytes(lens) as live,
+        FlopCounterMode(display=False, custom_mapping=FLOPS) as flops,
+    ):
+        result = work()
+    passed, summed = sum(use[0] for use in uses), _summed(config, lens, uses)
+    return result, (live.peak, flops.get_total_flops(), passed, len(uses), summed, live.tiled - live.peak)
 
 
 # ------------------------------------------------------------------------------------------------ the lens and its step
@@ -194,14 +261,25 @@ def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
     return batch
 
 
-def take_step(lens: ConsistencyLens, batch: Batch) -> None:
+def fullest(config: Config) -> Step:
+    """A step at which every schedule stands at its largest: what has a weight at some time has it here."""
+    return Step.fixed(config, **{key: max(schedule.ends, key=abs) for key, schedule in schedules(config)} | {"gumbel_tau_schedule": 1.0})
+
+
+def sample_rollouts(lens: ConsistencyLens, batch: Batch) -> Rollouts | None:
+    """The rollouts of a batch, each of ``t_text`` tokens; None where no term wants any."""
+    draws = lens.objective.draws(fullest(lens.config))
+    return lens.rollout(batch["activation"], batch["sample_id"], 0, draws) if draws else None
+
+
+def take_step(lens: ConsistencyLens, batch: Batch, rollouts: Rollouts | None = None) -> None:
     """Run forward and backward. Each gradient is freed as soon as it is there, as engines do that pass it on."""
 
     def hand_on(parameter: nn.Parameter) -> None:
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in lens.parameters() if p.requires_grad]
-    lens(batch, Step.fixed(lens.config, gumbel_tau_schedule=1.0))["loss"].backward()
+    lens(batch, fullest(lens.config), rollouts)["loss"].backward()
     for hook in hooks:
         hook.remove()
 
@@ -321,7 +399,7 @@ def _summed(config: Config, lens: ConsistencyLens, uses: list[tuple[int, int, bo
 
 def _units(lens: ConsistencyLens) -> list[nn.Module]:
     """The modules that engines gather as one: blocks (the subject's and the lens' own) and the vocabulary."""
-    return [*lens.subject.lm.blocks, *lens.verbalizer.own.values(), *lens.reconstructor.own.values(), lens.subject.lm.vocabulary]
+    return [*lens.all_blocks(), lens.subject.lm.vocabulary]
 
 
 def _numel(module: nn.Module) -> int:
