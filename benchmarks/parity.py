@@ -31,7 +31,7 @@ RUNS = {  # number of ranks: engines
     3: ["local", "z3", "fsdp"],
     4: ["fsdp_hybrid", "fsdp_tensor"],
 }
-BATCH, CONTEXT, VOCABULARY = 24, 16, 500
+BATCH, CONTEXT, VOCABULARY, TOKENS = 24, 16, 500, 3
 LOSS, WEIGHTS = {"sgd": 1e-5, "adamw": 1e-4}, 1e-4  # largest relative differences
 LEARNING_RATE = {"sgd": 1e-2, "adamw": 1e-3}
 
@@ -137,8 +137,8 @@ def run(folder: Path, mode: Mode, name: str, steps: int) -> None:
     engine = build_engine(config, lens, lens.parameter_groups())
     losses = []
     for update in range(steps):
-        batches = [share(make_batch(draw), *data_share(config)) for _ in range(2)]
-        losses.append(engine.train_step(batches, Step.fixed(config, update, alpha_schedule=0.5))["loss"])
+        batches, at = [share(make_batch(draw), *data_share(config)) for _ in range(2)], Step.fixed(config, update, alpha_schedule=0.5)
+        losses.append(engine.train_step(batches, at, engine.sample(batches, at))["loss"])
     weights = engine.full_state(lens.lens_state_names())
     calls = {kind: count // steps for kind, count in engine.traffic.calls.items()}
     engine.close()
@@ -161,7 +161,9 @@ def configure(folder: Path, mode: Mode, name: str):
         "fsdp_tensor": {"fsdp": {"tensor_ranks": 2}},
     }
     loss = {"kl_base_weight": 0.5, "lm_base_weight": 0.5, "tail_say_weight": 1.0, "tail_read_weight": 1.0, "entropy_weight": 0.01}
-    settings = {"model_name": str(folder / "model"), "layer_l": 1, "t_text": 3, "device": "cpu", "dtype": "fp32"}
+    loss |= {"terms": dict.fromkeys(("policy", "imitate", "rollout_read", "reference_kl", "say", "read"), 0.5), "rollouts": {"draws": 2}}
+    loss |= {"given": {"path": "made up.jsonl"}, "tail_order": "forward"}  # its texts are in the batches
+    settings = {"model_name": str(folder / "model"), "layer_l": 1, "t_text": TOKENS, "device": "cpu", "dtype": "fp32"}
     settings |= {"batch_size": BATCH, "gradient_accumulation_steps": 2, "lora": {"r": 4, "alpha": 4.0}}
     settings |= {"optimizer": mode[0], "learning_rate": LEARNING_RATE[mode[0]], "train_mode": mode[1]}
     return config_from_dict(settings | loss | engine | extra.get(name, {}))
@@ -177,6 +179,8 @@ def make_batch(draw) -> dict:
         "position": torch.randint(6, CONTEXT, (BATCH,), generator=draw),
         "sample_id": torch.randint(0, 10**6, (BATCH,), generator=draw),
         "doc_id": torch.arange(BATCH),
+        "text_ids": torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=draw),
+        "text_length": torch.randint(1, TOKENS + 1, (BATCH,), generator=draw),
     }
 
 

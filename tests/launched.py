@@ -20,6 +20,7 @@ TRAIN = [sys.executable, "megalens/train.py"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ALL_TERMS = ["kl_base_weight=1", "lm_base_weight=1", "tail_say_weight=1", "tail_read_weight=1", "entropy_weight=0.01"]
+ALL_TERMS += ["terms.policy=0.5", "terms.imitate=0.2", "terms.rollout_read=0.2", "terms.reference_kl=0.5", "rollouts.draws=2"]
 TEN_STEPS = ["max_train_steps=10s", "checkpoint.save_interval=3s", "validation.interval=5s"]
 
 

@@ -105,6 +105,7 @@ def alone(place):
 def assert_same_losses(mine, theirs):
     assert [line.keys() for line in mine] == [line.keys() for line in theirs]
     losses = {"train/loss", "train/mse", "train/kl", "train/lm", "train/tail_say", "train/tail_read", "val/loss"}
+    losses |= {"train/imitate", "train/rollout_read"}
     for one, other in zip(mine, theirs, strict=True):
         for name in losses & one.keys():
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)

@@ -25,10 +25,8 @@ class ReferenceKl(Term):
     def __call__(self, made: Pass) -> Tensor:
         rollouts, settings, law = made.rollouts, made.config.reference, Law(made.rollouts.law.temperature)
         a_BD, ids_NT = made.activation_BD, rollouts.ids_BKT.flatten(0, 1)
-        if rollouts.law == law:
-            said_NT = made.said.log_prob.flatten(0, 1)  # which the policy has too
-        else:
-            said_NT = made.lens.verbalizer.score(a_BD, ids_NT, law).log_prob
+        shared = rollouts.law == law  # with the policy
+        said_NT = made.said.log_prob.flatten(0, 1) if shared else made.lens.verbalizer.score(a_BD, ids_NT, law).log_prob
         kl_NT = sampled_kl(said_NT, made.lens.reference_log_prob(a_BD, ids_NT, law), settings.estimator, settings.clamp)
         return mean_of_texts(kl_NT, rollouts.said_BKT.flatten(0, 1))
 

@@ -155,7 +155,7 @@ def footprint(config: Config) -> Footprint:
 
 def _sampling(peak: _Line, flops: _Line, passed: _Line, gathers: _Line, summed: _Line, tiles: _Line) -> Sampling:
     whole = [a + max(0.0, b) for a, b in zip(peak, tiles, strict=True)]
-    return Sampling(passed[0], gathers[0], *summed, *whole, *flops)
+    return Sampling(passed[0], gathers[0], summed[0], summed[1], whole[0], whole[1], flops[0], flops[1])
 
 
 def _decodes(config: Config) -> bool:
@@ -208,7 +208,7 @@ def _measure(config: Config, lower: int, upper: int) -> list[tuple[float, ...]]:
 
 
 def _counted(config: Config, lens: ConsistencyLens, work: Callable[[], Any]) -> tuple[Any, tuple[float, ...]]:
-    """What some work gives; and its peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes the vocabulary adds to the peak."""
+    """What some work gives; its peak bytes, FLOPs, elements gathered, gathers, elements summed, bytes the vocabulary adds to the peak."""
     with (
         _counted_uses(_units(lens)) as uses,
         fused_attention(),
@@ -263,7 +263,7 @@ def meta_batch(config: Config, lens: ConsistencyLens, samples: int) -> Batch:
 
 def fullest(config: Config) -> Step:
     """A step at which every schedule stands at its largest: what has a weight at some time has it here."""
-    return Step.fixed(config, **{key: max(schedule.ends, key=abs) for key, schedule in schedules(config)} | {"gumbel_tau_schedule": 1.0})
+    return Step.fixed(config, 0, **{key: max(schedule.ends, key=abs) for key, schedule in schedules(config)} | {"gumbel_tau_schedule": 1.0})
 
 
 def sample_rollouts(lens: ConsistencyLens, batch: Batch) -> Rollouts | None:
