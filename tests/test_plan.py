@@ -9,14 +9,14 @@ from conftest import ROOT, allocated_by
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalens.commands import plan as command
-from megalens.config import ConfigError, Fsdp, load_config
+from megalens.config import ConfigError, Fsdp, Rollouts, load_config
 from megalens.engine.local import LocalEngine
 from megalens.objective import build_lens
 from megalens.ops import gumbel_embed, gumbel_tile, kl_tile, log_prob_tile, native, vocab_divergences, vocab_log_prob
 from megalens.planning import report
-from megalens.planning.fit import ENGINES, GPU, choose, need
+from megalens.planning.fit import ENGINES, GPU, choose, flops, need
 from megalens.planning.flops import FLOPS
-from megalens.planning.footprint import footprint, meta_lens, take_step
+from megalens.planning.footprint import Sampling, footprint, meta_lens, take_step
 from megalens.tiny import make_model
 
 OBJECTIVE = ["config=conf/tiny.yaml", "kl_base_weight=0.1", "lm_base_weight=0.1", "tail_say_weight=0.2", "device=cpu"]
@@ -160,6 +160,40 @@ def test_ranks_of_a_node_slice_the_blocks_and_share_their_samples(full):
     assert copies.wire < shared.wire < need(config, step, "fsdp", 4, 16).wire
     enough = GPU((copies.total + 1 + 2 * 2**30) / 0.92, 1e12, 1e12, 1e12)
     assert choose(config, {1: dataclasses.replace(step, frozen=10**12), 2: sliced}, 4, enough)[0] == copies
+
+
+def test_texts_are_sampled_as_many_at_once_as_fit_and_their_gathers_are_told(full):
+    config, step = full
+    config = dataclasses.replace(config, rollouts=Rollouts(draws=4))
+    each = Sampling(
+        passed=600.0,
+        gathers=3,
+        summed_fixed=0,
+        summed_per_sample=0,
+        bytes_fixed=0,
+        bytes_per_sample=1000,
+        flops_fixed=7,
+        flops_per_sample=11,
+    )
+    alone, sampled = (need(config, dataclasses.replace(step, sampling=s), "fsdp", 4, 16) for s in (None, each))
+    assert (alone.texts, alone.calls, sampled.texts, sampled.calls) == (0, 0, 64, 1)
+    assert sampled.wire - alone.wire == step.width * 600 * 3 / 4
+    assert flops(config, sampled) - flops(config, alone) == 7 + 16 * 11
+    assert sampled.total == alone.total, "what the step takes anyway"
+
+    few = dataclasses.replace(config, rollouts=Rollouts(draws=4, at_once=9))
+    twice = need(few, dataclasses.replace(step, sampling=each), "fsdp", 4, 16)
+    assert (twice.texts, twice.calls) == (8, 8)
+    large = dataclasses.replace(each, bytes_per_sample=10 * sampled.total)
+    assert need(few, dataclasses.replace(step, sampling=large), "fsdp", 4, 16).total > 20 * sampled.total
+
+    kept = need(config, dataclasses.replace(step, sampling=each), "fsdp_gathered", 4, 16)
+    assert kept.wire < sampled.wire
+    assert kept.memory["gather and reduce buffers"] > step.width * step.blocks
+    said = "\n".join(report.sampling(config, sampled, 4, GPU(1e9, 1e12, 1e12, 1e12), 1))
+    assert "rollouts.at_once=64 per GPU, 1 times per optimizer step" in said
+    assert "fsdp.gather_gb=1: every block once" in said
+    assert "fsdp.tensor_ranks=4: no gathers" in said
 
 
 def test_heads_that_cannot_be_shared_are_no_slices(objective, monkeypatch):

@@ -32,7 +32,7 @@ NETWORK = 50e9  # bytes per second that each GPU sends to other nodes: 400 Gbit/
 RESERVED, USABLE = 2 * 2**30, 0.92  # the CUDA context and NCCL; what fragmentation leaves of the rest
 UTILISATION = 0.3  # of the maker's FLOPs, assumed
 AS_FAST = 1.05  # times the fastest: predictions tell no smaller differences
-ENGINES = ("local", "z1", "z2", "tensor", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the simplest first
+ENGINES = ("local", "z1", "z2", "tensor", "fsdp_gathered", "fsdp_tensor", "z3", "fsdp", "z3_offload")  # the simplest first
 STATE = ("weights", "masters", "moments", "gradients")
 FILES = shipped.HOME / "ds_configs"
 
@@ -43,7 +43,7 @@ class Choice:
 
     Attributes:
         engine: one of ``ENGINES``; ``tensor`` is FSDP2 with every node's ranks slicing a copy of the model, ``fsdp_tensor`` with all nodes
-            sharding the slices of one copy.
+            sharding the slices of one copy; ``fsdp_gathered`` is FSDP2 whose blocks stay gathered through a step (``fsdp.gather_gb``).
         step: the footprint on each GPU.
         shares: how many shares there are of a batch: GPUs, or nodes where the GPUs of one work on the same samples.
         rows: samples of a share in a micro-step.
@@ -52,6 +52,9 @@ class Choice:
         host: bytes per GPU of CPU memory.
         wire: bytes that each GPU sends in an optimizer step; when nothing gathered is used twice (the most there can be).
         inside: bytes of that that never leave the node.
+        texts: rollouts sampled at once on each GPU; 0: none.
+        calls: times that each GPU samples in an optimizer step.
+        sampling: bytes per GPU that one such call takes, beside what is held.
     """
 
     engine: str
@@ -63,11 +66,15 @@ class Choice:
     host: float
     wire: float
     inside: float
+    texts: int = 0
+    calls: int = 0
+    sampling: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes per GPU: when there are most activations, or when the last gradients have come."""
-        return max(sum(self.memory.values()) - self.late, self.held + self.memory["gather and reduce buffers"])
+        """Bytes per GPU: when there are most activations, when the last gradients have come, or while texts are sampled."""
+        between = self.held + self.memory["gather and reduce buffers"]
+        return max(sum(self.memory.values()) - self.late, between + self.sampling)
 
     @property
     def held(self) -> float:
@@ -124,10 +131,30 @@ def need(config: Config, step: Footprint, engine: str, ranks: int, rows: int, to
         "other activations": step.bytes_fixed + rows * (step.bytes_per_sample - step.kv_per_sample),
         "vocabulary tiles": max(0.0, tiles),
     }
+    texts, calls, sampling = _at_once(config, step, micro_steps * rows, max(0.0, sum(memory.values()) - late - sum(kept.values())))
     summed = micro_steps * (step.summed_fixed + rows * step.summed_per_sample)
+    if step.sampling is not None:
+        summed += calls * step.sampling.summed_fixed + micro_steps * rows * step.sampling.summed_per_sample
     inside = 2 * step.width * summed * (together - 1) / together
-    wire = inside + _wire(step, 0 if engine == "tensor" else stage, shares, micro_steps)
-    return Choice(engine, step, shares, rows, memory, late, host, wire, inside)
+    wire = inside + _wire(step, engine, 0 if engine == "tensor" else stage, shares, micro_steps, calls)
+    return Choice(engine, step, shares, rows, memory, late, host, wire, inside, texts, calls, sampling)
+
+
+def _at_once(config: Config, step: Footprint, samples: int, room: float) -> tuple[int, int, float]:
+    """Texts sampled at once, how often that is done for so many activations, and the bytes that it takes.
+
+    Where ``rollouts.at_once`` leaves it open, as many as fit into what the step takes anyway.
+
+    Args:
+        samples: activations of an optimizer step on each GPU.
+        room: bytes that the step takes beside what is held and buffers.
+    """
+    if step.sampling is None:
+        return 0, 0, 0.0
+    draws, each = config.rollouts.draws, step.sampling.bytes_per_sample
+    fits = int((room - step.sampling.bytes_fixed) / each) if config.rollouts.at_once is None else config.rollouts.at_once // draws
+    rows = max(1, min(samples, fits))
+    return rows * draws, -(-samples // rows), step.sampling.bytes_fixed + rows * each
 
 
 def _kept(
@@ -145,7 +172,7 @@ def _kept(
     if engine == "local":
         return _parts(width * everything, 0 if fp32 else 4 * trained, moments * trained, 4 * trained, 0.0), 0.0, 0.0
     if not engine.startswith("z"):  # FSDP2: what is trained is float32 in its shards, and rounded as it is gathered
-        buffers = width * (step.vocabulary + 2 * step.block) + 4 * 2 * step.trained_block
+        buffers = width * (step.vocabulary + (step.blocks if engine == "fsdp_gathered" else 2 * step.block)) + 4 * 2 * step.trained_block
         late = 4 * shard if micro_steps == 1 else 0.0
         return _parts(width * step.frozen / shards, 4 * shard, moments * shard, 4 * shard, buffers), late, 0.0
     zero = _zero_options(engine)
@@ -173,16 +200,26 @@ def _parts(weights: float, masters: float, moments: float, gradients: float, buf
     return dict(zip((*STATE, "gather and reduce buffers"), (weights, masters, moments, gradients, buffers), strict=True))
 
 
-def _wire(step: Footprint, stage: int, ranks: int, micro_steps: int) -> float:
-    """Bytes each of so many GPUs with equal slices sends in an optimizer step."""
+def _wire(step: Footprint, engine: str, stage: int, ranks: int, micro_steps: int, calls: int) -> float:
+    """Bytes each of so many GPUs with equal slices sends in an optimizer step that samples so many times."""
     gradients, back = 4 * step.trained, step.width * step.trained
+    passed = step.width * gathered(step, engine, micro_steps, calls)
     sent = {
         0: 2 * gradients,
         1: 2 * back + back,  # DeepSpeed sums gradients in the model's own dtype
         2: micro_steps * back + back,
-        3: micro_steps * (back + step.width * step.passed),
+        3: micro_steps * back + passed,
     }[stage]
     return sent * (ranks - 1) / ranks
+
+
+def gathered(step: Footprint, engine: str, micro_steps: int, calls: int) -> float:
+    """Elements that an engine which shards parameters gathers in an optimizer step, when nothing but what ``fsdp_gathered`` keeps is used
+    twice."""
+    sampled = 0.0 if step.sampling is None else calls * step.sampling.passed
+    if engine == "fsdp_gathered":  # the vocabulary once for each forward, backward and call
+        return step.blocks + (2 * micro_steps + calls) * step.vocabulary
+    return micro_steps * step.passed + sampled
 
 
 def accumulation(config: Config, shares: int, rows: int) -> int:
@@ -192,8 +229,11 @@ def accumulation(config: Config, shares: int, rows: int) -> int:
 
 def flops(config: Config, choice: Choice) -> float:
     """FLOPs of an optimizer step on each GPU."""
-    step = choice.step
-    return accumulation(config, choice.shares, choice.rows) * (step.flops_fixed + choice.rows * step.flops_per_sample)
+    step, micro_steps = choice.step, accumulation(config, choice.shares, choice.rows)
+    total = micro_steps * (step.flops_fixed + choice.rows * step.flops_per_sample)
+    if step.sampling is not None:
+        total += choice.calls * step.sampling.flops_fixed + micro_steps * choice.rows * step.sampling.flops_per_sample
+    return total
 
 
 def seconds(config: Config, choice: Choice, gpu: GPU, nodes: int) -> dict[str, float]:
@@ -201,7 +241,7 @@ def seconds(config: Config, choice: Choice, gpu: GPU, nodes: int) -> dict[str, f
 
     Weights are read from the GPU's memory for every decoded token and every pass, whatever the number of samples.
     """
-    read = accumulation(config, choice.shares, choice.rows) * choice.step.width * choice.step.passed
+    read = choice.step.width * gathered(choice.step, "", accumulation(config, choice.shares, choice.rows), choice.calls)
     between = choice.wire - choice.inside
     return {
         "arithmetic": flops(config, choice) / (gpu.flops * UTILISATION),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import suppress
 
 from megalens import shipped
 from megalens.config import Config, ConfigError, Fsdp, load_config
 from megalens.families.loading import check_model
-from megalens.planning.fit import GPU, GPUS, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
+from megalens.planning.fit import GPU, GPUS, NETWORK, Choice, accumulation, choose, dump_bytes, flops, limit, samples_of, seconds
 from megalens.planning.footprint import Footprint, footprint
 
 GB = 1e9
@@ -67,6 +68,8 @@ def report(config: Config, choice: Choice, ranks: int, gpu: GPU, nodes: int, tok
     ]
     if choice.engine in ("fsdp_tensor", "z3", "fsdp", "z3_offload"):
         lines.append(f"gathers per micro-step: {choice.step.gathers:,.0f} of blocks and the vocabulary, when none is used twice")
+    if choice.texts:
+        lines += sampling(config, choice, ranks, gpu, nodes)
     return [
         *lines,
         f"FLOPs per optimizer step: {ranks * flops(config, choice):.3g}",
@@ -75,6 +78,28 @@ def report(config: Config, choice: Choice, ranks: int, gpu: GPU, nodes: int, tok
         f"{tokens:.3g} tokens: {samples:,.0f} activations, {disk / GB:,.0f} GB on disk",
         f"training: {steps:,.0f} optimizer steps, {steps * sum(times.values()) * ranks / 3600:,.0f} GPU-hours",
     ]
+
+
+def sampling(config: Config, choice: Choice, ranks: int, gpu: GPU, nodes: int) -> list[str]:
+    """What sampling takes, and what its gathers would cost where the weights are sharded; line by line."""
+    step, sent = choice.step, NETWORK if nodes > 1 else gpu.sent
+    assert step.sampling is not None
+    token = step.width * step.sampling.passed / config.t_text * (ranks - 1) / ranks
+    whole, per_node = token * config.t_text * choice.calls, ranks // nodes
+    kept = step.width * (step.blocks + choice.calls * step.vocabulary) * (ranks - 1) / ranks
+    slices = f"fsdp.tensor_ranks={per_node}" + (f" fsdp.shard_ranks={per_node}" if nodes > 1 else "")
+    lines = [
+        f"rollouts: {config.rollouts.draws} texts of {config.t_text} tokens for each activation, rollouts.at_once={choice.texts} per "
+        f"{'GPU' if choice.shares == ranks else f'{ranks // choice.shares} GPUs'}, {choice.calls} times per optimizer step",
+        f"  memory while sampling     {(choice.held + choice.sampling) / GB:>10.2f} GB",
+        f"  under ZeRO-3 and FSDP2 each token of these gathers {token / GB:.2f} GB on each GPU, in an optimizer step {whole / GB:,.0f} GB: "
+        f"{whole / sent:,.1f} s",
+        f"  fsdp.gather_gb={math.ceil(step.width * step.blocks / 2**30)}: every block once, {kept / GB:,.0f} GB: {kept / sent:,.1f} s",
+        f"  {slices}: no gathers; hidden states are summed within the node",
+    ]
+    if nodes > 1:
+        lines.append(f"  fsdp.shard_ranks={per_node}: as many gathers, within the node: {whole / gpu.sent:,.1f} s")
+    return lines
 
 
 def why_not(tried: list[Choice], gpu: GPU, name: str, ranks: int) -> str:
@@ -94,6 +119,7 @@ def engine_setting(choice: Choice, ranks: int) -> str:
     copies = f" fsdp.shard_ranks={ranks // choice.shares}" if choice.shares > 1 else ""
     known = {
         "local": "local (torchrun)",
+        "fsdp_gathered": f"engine=fsdp fsdp.gather_gb={-(-choice.step.width * choice.step.blocks // 2**30)} (torchrun)",
         "fsdp": "engine=fsdp (torchrun)",
         "tensor": f"engine=fsdp {slices}{copies} (torchrun)",
         "fsdp_tensor": f"engine=fsdp {slices} (torchrun)",
