@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from megalens.batch import Batch
 from megalens.config import Config, ConfigError
 from megalens.config.rules import schedules
 from megalens.families.causal_lm import CausalLM
-from megalens.families.loading import check_model, load_tokenizer, model_options
+from megalens.families.loading import check_model, model_options
 from megalens.families.protocol import Settings
 from megalens.lens.lens import ConsistencyLens
 from megalens.lens.rollouts import Rollouts
@@ -35,6 +34,7 @@ from megalens.objective import TERMS, Objective, Step
 from megalens.ops.tile import tile_size
 from megalens.planning.attention import fused_attention
 from megalens.planning.flops import FLOPS
+from megalens.planning.words import tokenizer_or_words
 
 # A step is linear in the samples, the blocks up to layer_l and the blocks above it, and of second degree in the tokens of a text; small
 # measurements give all of it.
@@ -235,7 +235,9 @@ def meta_lens(config: Config, depth: tuple[int, int] | None = None) -> Consisten
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings, **model_options(config, settings))
         subject = Subject(CausalLM(model), config.layer_l, "none")
-        return ConsistencyLens(config, subject, _tokenizer(config), torch.zeros(subject.d), torch.ones(subject.d), Objective(config, TERMS))
+        return ConsistencyLens(
+            config, subject, tokenizer_or_words(config), torch.zeros(subject.d), torch.ones(subject.d), Objective(config, TERMS)
+        )
 
 
 def _slice(settings: Settings, ranks: int) -> None:
@@ -282,28 +284,6 @@ def take_step(lens: ConsistencyLens, batch: Batch, rollouts: Rollouts | None = N
     lens(batch, fullest(lens.config), rollouts)["loss"].backward()
     for hook in hooks:
         hook.remove()
-
-
-def _tokenizer(config: Config) -> Any:
-    try:
-        return load_tokenizer(config)
-    except ConfigError:
-        return _Words()
-
-
-class _Words:
-    """Stands in for a missing tokenizer: one token per word, which is near enough for the few words of a prompt."""
-
-    eos_token_id = 0
-
-    def __init__(self) -> None:
-        self._known: dict[str, int] = {}
-
-    def __call__(self, text: str, **_) -> dict[str, list[int]]:
-        return {"input_ids": [self._known.setdefault(word, len(self._known)) for word in re.findall(r"\w+|[^\w\s]", text)]}
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **_) -> str:
-        return messages[0]["content"]
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
