@@ -3,10 +3,10 @@
     python benchmarks/parity.py [--optimizers sgd,adamw] [--modes frozen,lora,full] [--engines local,z3,fsdp] [--steps 20] [--json FILE]
         [--terms soft]
 
-A tiny random Llama in fp32, every loss term on (with --terms soft those on soft text and tails alone), on CPUs over gloo. In a cell: the largest relative difference of a step's loss; the largest
-difference of a final weight tensor relative to its norm; that of a single weight relative to the largest of its tensor. Collectives
-are counted per optimizer step (FSDP's own too, DeepSpeed's not). Exit code 1 when a loss differs by more than 1e-5 (1e-4 under AdamW) or a
-tensor by more than 1e-4. Single weights are only shown.
+A tiny random Llama in fp32, every loss term on (with --terms soft those on soft text and tails alone), on CPUs over gloo. In a cell: the
+largest relative difference of a step's loss; the largest difference of a final weight tensor relative to its norm; that of a single
+weight relative to the largest of its tensor. Collectives are counted per optimizer step (FSDP's own too, DeepSpeed's not). Exit code 1
+when a loss differs by more than 1e-5 (1e-4 under AdamW) or a tensor by more than 1e-4. Single weights are only shown.
 """
 
 from __future__ import annotations
