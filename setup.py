@@ -39,6 +39,11 @@ SWEEPS = [
     "optuna>=5,<6",  # offline sweeps: Gaussian process, TPE, successive halving, shared state in SQLite
     "scipy>=1.15,<2",  # Optuna's Gaussian process
 ]
+SERVE = [
+    "starlette>=1,<2",  # routes and responses of the server
+    "uvicorn>=0.40,<1",  # speaks HTTP for it
+    "pydantic>=2.12.5,<3",  # what requests hold, checked
+]
 TRITON = [
     "triton>=3.6,<4; platform_system=='Linux'",  # GPU kernels; their tests need it on a CPU too (interpreter, ahead-of-time compiler)
 ]
@@ -73,7 +78,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalens", "megalens.*"]),
-    package_data={"megalens": ["py.typed"], "megalens.ops": ["cpu/*"], "megalens.data": ["demo_wheels.txt"]},
+    package_data={
+        "megalens": ["py.typed"],
+        "megalens.ops": ["cpu/*"],
+        "megalens.data": ["demo_wheels.txt"],
+        "megalens.page": ["*.js", "*.css", "*.html"],
+    },
     cmdclass={"build_py": BuildWithFiles},
     entry_points={"console_scripts": ["megalens = megalens.commands:main"]},
     install_requires=REQUIRED,
@@ -81,7 +91,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "demo": DEMO,
         "sweeps": SWEEPS,
+        "serve": SERVE,
         "triton": TRITON,
-        "dev": DEEPSPEED + DEMO + SWEEPS + TRITON + DEV,
+        "dev": DEEPSPEED + DEMO + SWEEPS + SERVE + TRITON + DEV,
     },
 )

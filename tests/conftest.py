@@ -55,6 +55,7 @@ SLOW = {
     "report",
     "rollouts",
     "search",
+    "serve",
     "slurm",
     "stopping",
     "sweep_offline",

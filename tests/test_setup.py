@@ -14,7 +14,13 @@ import megalens
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 LINES = re.findall(r'^    "([\w.-]+[<>=].*?)",(.*)$', SETUP, flags=re.MULTILINE)
 REQUIREMENTS = {Requirement(line).name: Requirement(line) for line, _ in LINES}
-IMPORT_NAMES = {"yaml": "omegaconf", "triton": "torch", "packaging": "pytest", "setuptools": "torch"}  # come with these
+IMPORT_NAMES = {
+    "yaml": "omegaconf",
+    "triton": "torch",
+    "packaging": "pytest",
+    "setuptools": "torch",
+    "pydantic_core": "pydantic",
+}  # come with these
 
 
 def test_every_dependency_says_what_it_is_for():

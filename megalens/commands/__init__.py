@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": "megalens.commands.eval",
     "trust": "megalens.commands.trust",
     "explain": "megalens.commands.explain",
+    "serve": "megalens.commands.serve",
     "export-lens": "megalens.commands.export_lens",
     "import-lens": "megalens.commands.import_lens",
 }

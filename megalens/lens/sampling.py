@@ -51,7 +51,7 @@ class Law:
     """How tokens are sampled.
 
     Args:
-        temperature: divides the logits.
+        temperature: divides the logits; 0: the likeliest token, with its log-probability at temperature 1.
         top_p: share of the probability that a nucleus holds; 1: all of it.
     """
 
@@ -74,7 +74,15 @@ class Sampled(NamedTuple):
     floor_NT: Tensor | None
 
 
-def sample(v: Verbalizer, a_BD: Tensor, keys: Callable[[int], Tensor], draws: int, law: Law, ranks: Ranks) -> Sampled:
+def sample(
+    v: Verbalizer,
+    a_BD: Tensor,
+    keys: Callable[[int], Tensor],
+    draws: int,
+    law: Law,
+    ranks: Ranks,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Sampled:
     """``draws`` texts of each activation ``[B, D]``, of T = ``t_text`` tokens at most.
 
     Prompt and slot are run once for all texts of an activation. Where there is an end token, the decode stops when all texts of all ranks
@@ -83,6 +91,7 @@ def sample(v: Verbalizer, a_BD: Tensor, keys: Callable[[int], Tensor], draws: in
     Args:
         keys: noise key ``[B * K]`` of each token index, the draws of an activation side by side.
         ranks: that call this together.
+        watch: called with each token's ids ``[N]`` as they are drawn; what it raises ends the decode.
     """
     hidden_BD, cache = v._start(a_BD, room=None)
     cache.room = v.length + v.t_text
@@ -95,6 +104,8 @@ def sample(v: Verbalizer, a_BD: Tensor, keys: Callable[[int], Tensor], draws: in
             scores[0] = scores[0].masked_fill(ended_N, 0.0)
             ended_N = ended_N | (ids_N == v.end_id)
         said.append([ids_N, *scores])
+        if watch is not None:
+            watch(ids_N)
         looks = v.end_id is not None and (t + 1) % CHECK_EVERY == 0 and not ended_N.is_meta
         if t + 1 == v.t_text or (looks and not ranks.any(not bool(ended_N.all()))):
             break
@@ -114,10 +125,11 @@ def _draw(lm: CausalLM, normed_ND: Tensor, keys_N: Tensor, law: Law) -> list[Ten
 
     def use(out_VD: Tensor, in_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
         bias_V = _cooled(bias_V, law)
-        if law.top_p < 1:
+        if law.top_p < 1 and law.temperature:
             ids_N, log_prob_N, floor_N = sample_nucleus(hidden_ND, out_VD, law.top_p, keys_N, bias_V=bias_V, softcap=softcap)
             return ids_N, in_VD[ids_N], log_prob_N, floor_N
-        drawn = gumbel_embed(hidden_ND, out_VD, in_VD, 1.0, keys_N, bias_V=bias_V, softcap=softcap)
+        noise = 1.0 if law.temperature else 0.0
+        drawn = gumbel_embed(hidden_ND, out_VD, in_VD, 1.0, keys_N, noise=noise, bias_V=bias_V, softcap=softcap)
         return drawn.ids, drawn.embeds, drawn.log_prob
 
     return list(lm.vocabulary(use))
@@ -144,4 +156,4 @@ def score(lm: CausalLM, normed_ND: Tensor, ids_N: Tensor, law: Law, floor_N: Ten
 
 def _cooled(value, law: Law):
     """A part of the head, divided by the temperature."""
-    return value if value is None or law.temperature == 1.0 else value / law.temperature
+    return value if value is None or law.temperature in (0.0, 1.0) else value / law.temperature

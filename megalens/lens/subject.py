@@ -117,7 +117,12 @@ class Subject(nn.Module):
 
     @torch.no_grad()
     def go_on(
-        self, input_ids_BC: Tensor, tokens: int, edit: Callable[[Tensor, Tensor], Tensor] | None = None, block: int | None = None
+        self,
+        input_ids_BC: Tensor,
+        tokens: int,
+        edit: Callable[[Tensor, Tensor], Tensor] | None = None,
+        block: int | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The subject's own greedy continuation ``[B, tokens]`` of contexts of one length.
 
@@ -126,6 +131,7 @@ class Subject(nn.Module):
             tokens: how many to say; an end token is said like any other.
             edit: given the residual stream ``[B, S, D]`` after a block and its positions ``[S]``, what goes on in its place: steering.
             block: after which; None: ``layer_l``.
+            choose: given logits ``[B, V]``, the next token's ids ``[B, 1]``; None: the likeliest. What it raises ends the continuation.
         """
         lm, cache, said = self.lm, KVCache(), []
         after = (self.layer_l if block is None else block) + 1
@@ -138,7 +144,8 @@ class Subject(nn.Module):
                     hidden = edit(hidden, positions[0])
                 hidden = lm.run(hidden, after, self.num_blocks, positions, cache=cache)
                 start += new_BS.shape[1]
-                new_BS = lm.logits(lm.final_norm(hidden[:, -1])).argmax(-1, keepdim=True)
+                logits_BV = lm.logits(lm.final_norm(hidden[:, -1]))
+                new_BS = logits_BV.argmax(-1, keepdim=True) if choose is None else choose(logits_BV)
                 said.append(new_BS)
         return torch.cat(said, dim=1)
 

@@ -195,9 +195,17 @@ class Verbalizer(nn.Module):
         """
         return self("decode", a_BD, keys, tau, noise, sample_id_B)
 
-    def sample(self, a_BD: Tensor, keys: Callable[[int], Tensor], draws: int, law: Law = ITS_OWN, ranks: Ranks | None = None) -> Sampled:
+    def sample(
+        self,
+        a_BD: Tensor,
+        keys: Callable[[int], Tensor],
+        draws: int,
+        law: Law = ITS_OWN,
+        ranks: Ranks | None = None,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Sampled:
         """``draws`` texts of each activation, without gradient: see :func:`megalens.lens.sampling.sample`."""
-        return self("sample", a_BD, keys, draws, law, ranks)
+        return self("sample", a_BD, keys, draws, law, ranks, watch)
 
     def score(self, a_BD: Tensor, ids_NT: Tensor, law: Law = ITS_OWN, floor_NT: Tensor | None = None) -> LogProb:
         """Log-probability of saying given tokens and entropy ``[N, T]``, teacher-forced, in nats, differentiable.
@@ -280,8 +288,8 @@ class Verbalizer(nn.Module):
         return ended(Text(*(torch.stack(field, dim=1) for field in zip(*text, strict=True))), self.end_id)
 
     @torch.no_grad()
-    def _sample(self, a_BD: Tensor, keys, draws: int, law: Law, ranks: Ranks | None) -> Sampled:
-        return sample(self, a_BD, keys, draws, law, ranks or Alone())
+    def _sample(self, a_BD: Tensor, keys, draws: int, law: Law, ranks: Ranks | None, watch: Callable | None) -> Sampled:
+        return sample(self, a_BD, keys, draws, law, ranks or Alone(), watch)
 
     def _score(self, a_BD: Tensor, ids_NT: Tensor, law: Law, floor_NT: Tensor | None) -> LogProb:
         floor = None if floor_NT is None else floor_NT.flatten()
