@@ -112,6 +112,13 @@ def test_a_lens_json_of_any_content_is_read_or_refused(place, data, kept):
     assert tree(run.folder) == before
 
 
+@pytest.mark.parametrize("change", [{"subject": None}, {"subject": {"model_name": "x"}}, {"versions": []}, {"config": 1}, {"width": "64"}])
+def test_a_lens_json_with_an_entry_of_another_kind_is_refused(place, change):
+    run = place.copy()
+    put(run.last, "lens.json", as_json(place.about | change), "gone")
+    assert f"holds no '{next(iter(change))}" in outcome(lambda: load_lens(run.last, device="cpu"))[1]
+
+
 @fuzzed(60)
 @given(st.data(), sums)
 def test_a_trainer_json_of_any_content_is_gone_on_from_or_refused(place, data, kept):

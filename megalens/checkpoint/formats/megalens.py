@@ -29,6 +29,8 @@ FORMAT = "megalens-lens"
 VERSION = 2
 _NOT_TAKEN = ("trust_remote_code", "engine", "deepspeed", "fsdp")
 _STANDARD = ("standard_mean", "standard_var")
+_KINDS: dict[str, type] = {"width": int, "subject": dict, "config": dict, "versions": dict}  # of lens.json's entries
+_SUBJECT: dict[str, type] = {"model_name": str, "layer_l": int, "fingerprint": str}
 
 
 class Megalens:
@@ -111,9 +113,12 @@ def read_about(folder: str | Path) -> dict:
     if about.get("format") != FORMAT or about.get("format_version") not in (megalens_v1.VERSION, VERSION):
         found, mend = f"{about.get('format')} version {about.get('format_version')}", "update megalens to read it"
         raise CheckpointError(f"{path} is of format {found}, not {FORMAT} version {VERSION} or older; {mend}")
-    missing = [key for key in ("width", "subject", "config") if key not in about]
-    if missing:
-        raise CheckpointError(f"{path} holds no '{missing[0]}': it was changed by hand or is damaged; copy it anew")
+    wrong = next((key for key, kind in _KINDS.items() if not isinstance(about.get(key, {} if key == "versions" else None), kind)), None)
+    if wrong is None and not _SUBJECT.keys() <= about["subject"].keys():
+        wrong = "subject"
+    wrong = wrong or next((f"subject.{key}" for key, kind in _SUBJECT.items() if not isinstance(about["subject"][key], kind)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} holds no '{wrong}' as it is written there: it was changed by hand or is damaged; copy it anew")
     if about["format_version"] == megalens_v1.VERSION:
         about["config"] = megalens_v1.config_of_now(about["config"])
     return about
@@ -190,8 +195,8 @@ def read_statistics(folder: str | Path) -> ActivationStatistics:
     Raises:
         CheckpointError: they are missing or damaged.
     """
-    kept = read_tensors(Path(folder) / "stats.safetensors")
-    return ActivationStatistics(**{name: value for name, value in kept.items() if name not in _STANDARD})
+    kept = _read_kept(folder)
+    return ActivationStatistics(**{field.name: kept[field.name] for field in dataclasses.fields(ActivationStatistics)})
 
 
 def read_standard(folder: str | Path) -> tuple[Tensor, Tensor]:
@@ -200,9 +205,19 @@ def read_standard(folder: str | Path) -> tuple[Tensor, Tensor]:
     Raises:
         CheckpointError: they are missing or damaged.
     """
-    kept = read_tensors(Path(folder) / "stats.safetensors")
+    kept = _read_kept(folder)
     mean_D, var_D = (kept.get(name, kept[name.removeprefix("standard_")]) for name in _STANDARD)
     return mean_D, var_D
+
+
+def _read_kept(folder: str | Path) -> dict[str, Tensor]:
+    """What ``stats.safetensors`` holds: a vector of one length under each name."""
+    path = Path(folder) / "stats.safetensors"
+    kept = read_tensors(path)
+    wanted = {field.name for field in dataclasses.fields(ActivationStatistics)}
+    if not wanted <= kept.keys() or len({value.shape for value in kept.values()}) != 1 or kept["mean"].ndim != 1:
+        raise CheckpointError(f"{path} does not hold {', '.join(sorted(wanted))} of one width: it is damaged; copy it anew")
+    return kept
 
 
 def check_subject(folder: str | Path, fingerprint: str) -> None:
