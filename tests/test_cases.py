@@ -141,6 +141,8 @@ def test_a_column_of_lists_and_a_bad_file_of_many_are_named(tmp_path, monkeypatc
 
     (tmp_path / "lists.jsonl").write_text('{"text": ["a", "b"]}\n' * 3)
     told(said_of("lists.jsonl"), f"column 'text' of {tmp_path / 'lists.jsonl'} holds lists, not text; name a column of text")
+    (tmp_path / "mixed.json").write_text('[\n {"text": "a"},\n 1\n]')
+    told(said_of("mixed.json"), str(tmp_path / "mixed.json"))
     for kind, bad in (("jsonl", b'{"text": "cut'), ("txt", b"caf\xe9 latin-1"), ("parquet", b"PAR1 no more")):
         folder = tmp_path / kind
         shutil.rmtree(folder, ignore_errors=True)

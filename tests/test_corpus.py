@@ -167,6 +167,7 @@ def test_both_sides_have_a_document_however_small_the_fraction(tmp_path):
         ("a.jsonl", '{"text": "few words"}\n', r"a\.jsonl has no usable document in column 'text'.*min_words"),
         ("a.jsonl", '{"body": "few words"}\n', r"no column 'text'; set dataset.text_column to one of: body"),
         ("a.jsonl", '{"text": 5}\n', r"holds values of type int, not text"),
+        ("a.jsonl", '[\n {\n"text": "a"\n},\n 1\n]', r"cannot read a\.jsonl: "),
         ("a.jsonl", "", r"a\.jsonl is empty: it holds no documents"),
         ("a.jsonl", '{"text": \n', r"cannot read .*a\.jsonl"),
         ("a.txt", "", r"a\.txt is empty: it holds no documents"),

@@ -226,6 +226,7 @@ def sweep_files(draw) -> bytes:
 
 @fuzzed(60)
 @given(sweep_files())
+@example(yaml.safe_dump({**SWEEPS[0], "command": None, "parameters": {"config": {"value": "9" * 400}}}).encode())
 def test_a_sweep_file_is_taken_with_every_trial_or_refused_with_its_name(place, data):
     path = place / "sweep.yaml"
     path.write_bytes(data)

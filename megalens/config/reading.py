@@ -43,7 +43,10 @@ def load_config(arguments: list[str], source: str = "the command line") -> Confi
     if files:
         if not files[0]:
             raise ConfigError("config= is empty; name a file, e.g. config=conf/demo.yaml")
-        merged = _merge_file(merged, shipped.find(files[0]), ())
+        try:
+            merged = _merge_file(merged, shipped.find(files[0]), ())
+        except OSError as error:
+            raise ConfigError(f"config={files[0][:200]} cannot be read: {error.strerror or error}") from None
         named: Any = OmegaConf.to_container(merged, resolve=False)
         if named["run_name"] is None:
             merged.run_name = Path(files[0]).stem

@@ -233,13 +233,16 @@ def _reading(config: Config) -> Iterator[None]:
             reason = f"it is not UTF-8 ({cause.reason} at byte 0x{cause.object[cause.start]:02x}); convert it, e.g. with iconv"
         else:
             reason = " ".join(str(cause).split()) or "it is empty"
+        if isinstance(cause, _NO_ROWS):
+            reason = f"it holds no rows of one kind ({reason})"
         is_local = Path(source_name(config)).expanduser().exists()
         takes = "dataset.name takes wiki-leads, a file or folder, or a dataset of the hub"
         hint = "" if is_local else f" (no local file has that name; {takes})"
         raise DataError(f"cannot read {_unreadable(config) or source_name(config)}: {reason}{hint}") from None
 
 
-_UNREADABLE = (OSError, ValueError, StopIteration, pa.ArrowException, zstandard.ZstdError, datasets.exceptions.DatasetsError)
+_NO_ROWS = (ArithmeticError, AttributeError, LookupError, TypeError)  # what readers trip over where a file holds no rows of one kind
+_UNREADABLE = (OSError, ValueError, StopIteration, pa.ArrowException, zstandard.ZstdError, datasets.exceptions.DatasetsError, *_NO_ROWS)
 
 
 def _unreadable(config: Config) -> Path | None:
