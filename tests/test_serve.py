@@ -3,16 +3,21 @@
 import asyncio
 import json
 import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import torch
+from chromium import BROWSER, Chromium
 from saved_lens import make_run
 from starlette.testclient import TestClient
 
 from megalens import Lens
 from megalens.evaluate import EvaluationError
-from megalens.serve.app import make_app
+from megalens.page.workbench import workbench
+from megalens.serve.app import LOCAL, listen, make_app, make_server
 from megalens.serve.limits import Limits
 from megalens.serve.reader import phrases
 from megalens.serve.tokens import glyphs
@@ -547,3 +552,116 @@ def test_metrics_count_requests_by_route_and_status(client):
     assert sum(counted(after)) == sum(counted(before)) + 1
     assert all(len(line.split()) == 2 or line.startswith("#") for line in after.splitlines())
     assert "megalens_up 1" in after
+
+
+# -------------------------------------------------------------------------------------------- a real server and a real browser
+
+
+@pytest.fixture(scope="module")
+def live(lens):
+    """A server on a free port, with its ``app`` and ``url``."""
+    app, socket = make_app(lens, hosts=LOCAL), listen("127.0.0.1", 0)
+    server = make_server(app)
+    with closing(socket):
+        thread = threading.Thread(target=server.run, args=([socket],))
+        thread.start()
+        yield SimpleNamespace(app=app, url=f"http://127.0.0.1:{socket.getsockname()[1]}")
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+    assert not app.state.worker.alive
+
+
+def ask(live, route, **asked):
+    request = urllib.request.Request(live.url + route, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.loads(reply.read())
+
+
+def test_sixty_four_clients_at_once_are_all_answered_and_share_batches(live, lens):
+    positions = [3, 4, 5]
+    wanted = [lens.explain(TEXT)[at].explanation for at in positions]
+    before, ready = live.app.state.worker.batches, threading.Barrier(64)
+
+    def client(_):
+        ready.wait(30)
+        return ask(live, "/explain", text=TEXT, temperature=0, positions=positions, reverse=False)["results"]
+
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(client, range(64)))
+    assert [[each["description"] for each in results] for results in found] == [wanted] * 64
+    turns = live.app.state.worker.batches - before
+    assert turns < 64 * 2 + 64 * 3 / 2  # two calls each, and batches of more than two rows
+    assert live.app.state.worker.waiting == 0
+
+
+def test_a_taken_port_is_refused_by_name(live):
+    port = int(live.url.rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"nothing can be served at 127.0.0.1:{port}: .*set port= to another one"):
+        listen("127.0.0.1", port)
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
+EVIL = "<img src=x onerror=alert(1)> & <script>alert(2)</script> river"
+
+
+@needs_browser
+def test_the_page_explains_edits_steers_and_compares_in_a_browser(live):
+    with Chromium() as browser:
+        browser.open(live.url + "/page")
+        browser.run(f"document.getElementById('text').value = {json.dumps(EVIL)}; document.getElementById('tokenize').click()")
+        browser.wait("document.querySelectorAll('#tokens .t').length > 10")
+        assert browser.run("document.getElementById('tokens').textContent") == EVIL
+        assert browser.run("document.querySelectorAll('#tokens img, #tokens script').length") == 0
+        browser.run("state.chosen = new Set([4, 5]); paint(); document.getElementById('explain').click()")
+        browser.wait("document.querySelectorAll('#tokens .told').length === 2 && !state.stop")
+        shown = browser.run("document.getElementById('detail').textContent")
+        for words in ("Position 4", "a copy of the last tokens", "explanations of other texts", "Logit lens", "greedy"):
+            assert words in shown
+        for label, words in (
+            ("Draw 8 samples", "Agreement of their words"),
+            ("What does each phrase hold?", "hrase"),
+            ("New FVE", "KL of the next token"),
+            ("Steer the subject and read on", "untouched: "),
+        ):
+            browser.run(f"[...document.querySelectorAll('#detail button')].find(b => b.textContent === {json.dumps(label)}).click()")
+            browser.wait(f"document.querySelector('#detail > div:last-child').textContent.includes({json.dumps(words)})")
+        browser.run("compare(4, 5)")
+        browser.wait("document.getElementById('pair').textContent.includes('the other way round')")
+        browser.run("state.chosen.clear(); document.getElementById('text').value = ''; document.getElementById('tokenize').click()")
+        browser.wait("document.getElementById('trouble').textContent.includes('Provide either')")
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        assert [line for line in browser.errors if "400" not in line] == []
+
+
+@needs_browser
+def test_tokens_are_chosen_by_dragging_and_by_keyboard(live):
+    with Chromium() as browser:
+        browser.open(live.url + "/page")
+        browser.run("document.getElementById('text').value = 'one two three four five six seven eight nine ten eleven'")
+        browser.run("document.getElementById('tokenize').click()")
+        browser.wait("document.querySelectorAll('#tokens .t').length > 10")
+        browser.run("document.getElementById('tokens').scrollIntoView()")
+        boxes = "[2, 6].map(i => document.querySelectorAll('#tokens .t')[i].getBoundingClientRect())"
+        places = browser.run(f"{boxes}.map(b => [b.x + b.width / 2, b.y + b.height / 2])")
+        browser.drag(*places)
+        assert browser.run("[...document.querySelectorAll('#tokens [aria-selected=true]')].map(t => +t.dataset.at)")[-5:] == [2, 3, 4, 5, 6]
+        browser.run("document.querySelectorAll('#tokens .t')[0].focus(); state.chosen.clear()")
+        for key in ("ArrowRight", " ", "End"):
+            browser.press(key)
+        assert browser.run("[...state.chosen]") == [1]
+        assert browser.run("+document.activeElement.dataset.at === state.tokens.length - 1")
+        assert browser.errors == []
+
+
+@needs_browser
+def test_a_page_without_a_server_shows_what_it_was_given(client, tmp_path):
+    results = post(client, "/explain", text=EVIL, temperature=0, reverse=False)["results"]
+    (tmp_path / "page.html").write_text(workbench("a lens", results), encoding="utf-8")
+    with Chromium() as browser:
+        browser.open((tmp_path / "page.html").as_uri())
+        assert browser.run("document.getElementById('tokens').textContent") == EVIL
+        assert browser.run("document.querySelectorAll('#tokens .told').length") == len(results)
+        assert browser.run("getComputedStyle(document.getElementById('ask')).display") == "none"
+        assert "Position" in browser.run("document.getElementById('detail').textContent")
+        assert browser.run("fetch('http://127.0.0.1:9/').then(() => 'let out', () => 'kept in')") == "kept in"

@@ -1,6 +1,6 @@
 """A whole HTML page that needs nothing but itself, in light and dark.
 
-The page's policy lets no network in, and no script run but the one it was made with.
+The page's policy lets no network in but, where a page asks for it, its own server, and no script run but the one it was made with.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); o
 """
 
 
-def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """A page around ``body``, which is HTML already; so are ``style`` (after the common one) and ``script`` CSS and JavaScript."""
+def page(title: str, body: str, style: str = "", script: str = "", asks: bool = False) -> str:
+    """A page around ``body``, which is HTML already; so are ``style`` (after the common one) and ``script`` CSS and JavaScript.
+
+    Args:
+        asks: its script may ask the server that the page comes from.
+    """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     scripts, source = (f"<script>{script}</script>\n", f"'sha256-{digest}'") if script else ("", "'none'")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {source}; base-uri 'none'; form-action 'none'"
+    policy += "; connect-src 'self'" if asks else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

@@ -108,14 +108,20 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"nothing can be served at {host}:{port}: {error.strerror or error}; {mend}") from None
 
 
+def make_server(app: Starlette) -> uvicorn.Server:
+    """The HTTP server of an application; ``run(sockets)`` it, and set ``should_exit`` to stop it."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, timeout_keep_alive=30, server_header=False, backlog=512
+        )
+    )
+
+
 def serve(app: Starlette, sockets: list[socket.socket]) -> None:
     """Answer until the process is asked to stop (SIGINT, SIGTERM); what is being answered then is finished first."""
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, timeout_keep_alive=30, server_header=False, backlog=512
-    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has stopped; that is no error
-    uvicorn.Server(config).run(sockets)
+    make_server(app).run(sockets)
 
 
 def names_of(host: str) -> frozenset[str] | None:
