@@ -14,7 +14,7 @@ from launched import run_ranks
 from torch import nn
 
 from megalens.config import Config
-from megalens.engine import EngineError, build_engine, state
+from megalens.engine import EngineError, build_engine, leave_ranks, state
 from megalens.engine.base import optimizer_groups
 from megalens.engine.local import PART
 from megalens.engine.state import OptimizerState
@@ -240,6 +240,18 @@ def test_large_state_is_divided_over_the_ranks_in_equal_shares(monkeypatch):
 def test_training_nothing_is_refused():
     with pytest.raises(EngineError, match="nothing is trained"):
         build_engine(Config(device="cpu"), FakeLens(), {"prompts": {}})
+
+
+def test_what_deepspeed_refuses_only_with_the_model_is_a_line_with_the_files_name(monkeypatch):
+    import deepspeed
+
+    def refuse(**_):
+        raise AssertionError("stage 9\n is unknown")
+
+    monkeypatch.setattr(deepspeed, "initialize", refuse)
+    with pytest.raises(EngineError, match=r"^ds_configs/z1\.json: DeepSpeed says: stage 9 is unknown; see ds_configs/z2\.json"):
+        make_engine(deepspeed="ds_configs/z1.json")
+    leave_ranks()
 
 
 # ------------------------------------------------------------------------------------------------- every engine, 2 ranks

@@ -54,8 +54,13 @@ def complaint(settings: dict, on_gpu: bool) -> str | None:
     try:
         DeepSpeedConfig(asked)
     except (DeepSpeedConfigError, AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"DeepSpeed says: {_line(error)}"
+        return said_by(error)
     return None
+
+
+def said_by(error: Exception) -> str:
+    """An error of DeepSpeed's in one line."""
+    return f"DeepSpeed says: {_line(error)}"
 
 
 def _line(error: Exception) -> str:

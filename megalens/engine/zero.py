@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from megalens.config import Config
 from megalens.engine.base import Batch, Engine, Groups, build_optimizer, device_of, fill, optimizer_groups, to_device, with_rollouts
-from megalens.engine.ds_config import resolve
-from megalens.engine.ds_package import import_deepspeed
+from megalens.engine.ds_config import DeepSpeedFileError, resolve
+from megalens.engine.ds_package import import_deepspeed, said_by
 from megalens.engine.ranks import join_alone
 from megalens.engine.state import OptimizerState, Part
 
@@ -29,6 +29,9 @@ class ZeroEngine(Engine):
 
     Args:
         weights: float32 values of trainable parameters, where they are known more exactly than the module holds them.
+
+    Raises:
+        EngineError: DeepSpeed refuses the file only now, with the model before it.
     """
 
     def __init__(self, config: Config, module: nn.Module, groups: Groups, weights: dict[str, Tensor] | None = None):
@@ -43,12 +46,15 @@ class ZeroEngine(Engine):
             for unit in getattr(module, "shard_units", list)():
                 fill(module, unit, weights, self.device)
                 deepspeed.zero.Init(nn.ModuleList(unit), config_dict_or_path=settings)
-        self.engine, self.sharded, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=self._within_limit(build_optimizer(config, chosen, fused=True)),
-            config=settings,
-            dist_init_required=False,
-        )
+        try:
+            self.engine, self.sharded, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=self._within_limit(build_optimizer(config, chosen, fused=True)),
+                config=settings,
+                dist_init_required=False,
+            )
+        except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            raise DeepSpeedFileError(str(config.deepspeed), [f"{said_by(error)}; see ds_configs/z2.json for what works"]) from None
         self.device = self.engine.device
         self._share_float32_shards()
         for name, parameter in self.parameters.items():  # here, because DeepSpeed takes the norm of whatever gradient comes
