@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from megalens import Lens
 from megalens.evaluate import EvaluationError
 from megalens.page.workbench import workbench
+from megalens.serve import still
 from megalens.serve.app import LOCAL, listen, make_app, make_server
 from megalens.serve.limits import Limits
 from megalens.serve.reader import phrases
@@ -257,7 +258,8 @@ def test_every_token_of_a_split_sign_shows_it_whole():
         ("/explain", {"text": "a b", "positions": [99]}, 400, "Position 99 out of range (0.."),
         ("/explain", {"text": "a b", "positions": [10**30]}, 400, "out of range (0.."),
         ("/explain", {"text": "x " * 250}, 400, "more than the window of 256"),
-        ("/explain", {"text": "a b", "search": "beam:9"}, 400, "'beam:9' is no search"),
+        ("/explain", {"text": "a b", "search": "climb:9"}, 400, "'climb:9' is no search"),
+        ("/explain", {"text": "a b", "search": "best_of:99999"}, 422, "may be above 64 (max_search)"),
         ("/explain", {"text": "a" * 101}, 422, "String should have at most 100 characters (max_input_chars)"),
         ("/explain", {"text": "a b", "positions": [0] * 21}, 422, "List should have at most 20 items (max_positions_per_request)"),
         ("/explain", {"text": "a b " * 20}, 400, "more than 20 (max_positions_per_request); name `positions`"),
@@ -652,6 +654,16 @@ def test_tokens_are_chosen_by_dragging_and_by_keyboard(live):
         assert browser.run("[...state.chosen]") == [1]
         assert browser.run("+document.activeElement.dataset.at === state.tokens.length - 1")
         assert browser.errors == []
+
+
+def test_a_page_without_a_server_has_the_servers_figures(client, lens):
+    alone = still.found(lens, TEXT, lens.explain(TEXT))
+    served = post(client, "/explain", text=TEXT, temperature=0, reverse=False)["results"]
+    for a, b in zip(alone, served, strict=True):
+        assert (a["position"], a["description"]) == (b["position"], b["description"])
+        for name in ("fve", "fve_copy", "fve_shuffled", "fve_shuffled_p95", "norm"):
+            assert a["megalens"][name] == pytest.approx(b["megalens"][name], abs=1e-4)
+        assert {"logit_lens", "drops", "trained", "verdict"} <= set(a["megalens"])
 
 
 @needs_browser

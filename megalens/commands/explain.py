@@ -9,7 +9,8 @@ usage: megalens explain checkpoint=outputs/<run>/best "any text" [--json] [--htm
   "any text"   the text; - reads it from the standard input; write -- before a text that looks like an option or a setting
   --json       print a JSON list of token, explanation, fve, search and reads instead of a table
   trust_remote_code=true  run code that comes with the subject; a checkpoint never says so itself
-  --html FILE  also write a page with the tokens coloured by their FVE, the explanations on hover
+  --html FILE  also write a page with the tokens coloured by their FVE, and each explanation beside a copy of the context and others' texts,
+               with what goes with each of its phrases; it needs no server
   search=S     how explanations are chosen: greedy (the default); best_of:K, of K the one from which the lens rebuilds best;
                best_of:K+swaps, then with other tokens in its places; docs/search.md has all
 
@@ -30,12 +31,15 @@ from megalens.checkpoint.formats import read_config
 from megalens.config import ConfigError
 from megalens.config.running import Fsdp
 from megalens.engine.failure import told_once
-from megalens.evaluate import EvaluationError, report
+from megalens.evaluate import EvaluationError
 from megalens.evaluate.table import align
 from megalens.evaluate.text import NO_TEXT, check_text
 from megalens.explain.search import search_named
-from megalens.launcher import rank
+from megalens.files import new_file
+from megalens.launcher import launched, rank
 from megalens.page.text import visible
+from megalens.page.workbench import workbench
+from megalens.serve.still import found
 
 SETTINGS = ["device", "dtype", "model_name", "trust_remote_code", "engine", "deepspeed", *(f"fsdp.{field.name}" for field in fields(Fsdp))]
 EXAMPLE = 'megalens explain checkpoint=outputs/<run>/best "any text"'
@@ -67,9 +71,9 @@ def main(arguments: list[str]) -> None:
     dumper = lens.module.config.activation_dumper
     trained = range(dumper.min_pos, dumper.seq_len)
     if args.html is not None:
-        report.write_explanation(
-            args.html, tokens, f"layer {lens.module.config.layer_l} of {lens.module.config.model_label}, {name}", trained
-        )
+        title = f"layer {lens.module.config.layer_l} of {lens.module.config.model_label}, {name}"
+        with new_file(args.html) as file:
+            file.write(workbench(title, found(lens, text, tokens, whole=launched().size == 1)).encode(errors="replace"))
     print(json.dumps([asdict(token) for token in tokens], indent=1) if args.json else as_table(tokens, trained, name))
 
 

@@ -1,9 +1,8 @@
-"""Two pages: ``report.html``, the result of an evaluation; and the explanations of one text."""
+"""``report.html``, the result of an evaluation."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from megalens.evaluate.baselines import SOURCES
@@ -23,7 +22,6 @@ from megalens.evaluate.table import (
     number,
     worth,
 )
-from megalens.evaluate.tokens import TokenExplanation
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
 from megalens.page.text import escape
@@ -85,18 +83,6 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         cards = "".join(f'<div class="card">{drawing}</div>' for drawing in drawings)
         parts += ["<h2>Training</h2>", f'<div class="plots">{cards}</div>']
     return token_page(f"{title} · megalens", "\n".join(parts))
-
-
-def write_explanation(path: str | Path, tokens: list[TokenExplanation], title: str, trained: range) -> None:
-    """Write a page with the explanations of one text.
-
-    Args:
-        tokens: as :meth:`megalens.Lens.explain` gives them.
-        title: shown on top.
-        trained: positions the lens was trained on.
-    """
-    body = [f"<h1>{escape(title)}</h1>", legend(trained), coloured([asdict(token) for token in tokens], trained)]
-    _save(Path(path), token_page(f"{title} · megalens", "\n".join(body)))
 
 
 def curves(logged: list[dict]) -> list[str]:

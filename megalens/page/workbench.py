@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megalens.page.frame import page
-from megalens.page.text import escape
+from megalens.page.text import escape, finite
 
 _HERE = Path(__file__).parent
 
@@ -22,6 +22,6 @@ def workbench(title: str, results: list[dict] | None = None) -> str:
     body, style, script = ((_HERE / f"workbench.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     data = ""
     if results is not None:
-        text = json.dumps({"results": results}, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+        text = json.dumps(finite({"results": results}), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
         data = f'<script type="application/json" id="data">{text}</script>\n'
     return page(f"{title} · megalens", f"<h1>{escape(title)}</h1>\n{body}{data}", style, script, asks=results is None)

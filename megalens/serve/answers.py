@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -16,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 from megalens import cli
 from megalens.config import ConfigError
 from megalens.evaluate import EvaluationError
-from megalens.serve.schema import Refused
+from megalens.page.text import finite
+from megalens.serve.limits import Refused
 from megalens.serve.worker import Closed, Left
 
 Result = TypeVar("Result")
@@ -25,7 +25,7 @@ BODY_SECONDS = 60.0  # a client may take so long to send its request
 
 def json_bytes(value: Any) -> bytes:
     """JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(errors="replace")
+    return json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(errors="replace")
 
 
 def answer(value: Any, status: int = 200) -> Response:
@@ -127,11 +127,3 @@ class Events(Response):
             line = b"data: " + json_bytes({"error": told(error)[1]}) + b"\n\n"
             await send({"type": "http.response.body", "body": line, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -22,11 +22,10 @@ from megalens.page.workbench import workbench
 from megalens.serve import schema
 from megalens.serve.answers import answer, refusal
 from megalens.serve.guard import LOCAL, Guard
-from megalens.serve.limits import Limits
+from megalens.serve.limits import Limits, Refused
 from megalens.serve.metrics import Metrics
 from megalens.serve.reader import Reader
 from megalens.serve.routes import Routes, handler
-from megalens.serve.schema import Refused
 from megalens.serve.worker import Worker
 
 PORT = 5009

@@ -11,9 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalens.serve.answers import refusal
-from megalens.serve.limits import Limits
+from megalens.serve.limits import Limits, Refused
 from megalens.serve.metrics import Metrics
-from megalens.serve.schema import Refused
 from megalens.serve.worker import Left
 
 OPEN = ("/health", "/page")

@@ -1,4 +1,4 @@
-"""What a server takes from its clients. Every limit has an error that names it."""
+"""What a server takes from its clients, and how it refuses the rest. Every limit has an error that names it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ VARIABLES = {
 """The environment variable of each limit; those that other NLA servers have too are named as there."""
 
 
+class Refused(ValueError):
+    """A request that cannot be answered: the status, and what is wrong, in one line."""
+
+    def __init__(self, status: int, detail: str | list[dict]):
+        super().__init__(str(detail))
+        self.status, self.detail = status, detail
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of a server.
@@ -40,6 +48,7 @@ class Limits:
         max_requests: of any kind, running or waiting, streams included.
         max_messages: of a chat.
         max_samples: of one activation.
+        max_search: the largest number in a search, e.g. of ``best_of:8``.
     """
 
     max_input_chars: int = 65_536
@@ -54,6 +63,7 @@ class Limits:
     max_requests: int = 256
     max_messages: int = 128
     max_samples: int = 32
+    max_search: int = 64
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Limits:

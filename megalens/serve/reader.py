@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from megalens.explain.search import search_named
 from megalens.lens.prompts import window_of
 from megalens.lens.sampling import Law
 from megalens.ops import noise_keys
-from megalens.serve.limits import Limits
-from megalens.serve.schema import Refused, Saying, Shared
+from megalens.serve.limits import Limits, Refused
 from megalens.serve.tokens import Encoded, decode, encode
+
+if TYPE_CHECKING:  # pages that need no server need no pydantic
+    from megalens.serve.schema import Saying, Shared
 
 Tell = Callable[[int, str], None]
 SHOWN = 5  # likeliest tokens of the logit lens
@@ -167,14 +170,20 @@ class Reader:
             numbers = [row.number + (row.seed << 20) for row in rows]
             found = search(self.module, a_BD, torch.tensor(numbers, device=self.device))
             texts, how, reads = found.texts, search.name, [cost.reads for cost in found.costs]
-        told = self.score(texts, a_BD)
+        told = self.beside(texts, rows)
         for each, row, count in zip(told, rows, reads, strict=True):
             each.extra |= {"search": how, "seed": row.seed, "reads": count}
-        self._beside_copies(told, rows, a_BD)
-        self._beside_strangers(told, a_BD)
         if saying.k:
             for each, samples in zip(told, self.sample(rows, saying, first=1), strict=True):
                 each.extra |= samples
+        return told
+
+    def beside(self, texts: Sequence[str], rows: Sequence[Row]) -> list[Told]:
+        """What texts are worth for their rows, beside copies and the texts of strangers."""
+        a_BD = torch.stack([row.a_D for row in rows])
+        told = self.score(texts, a_BD)
+        self._beside_copies(told, rows, a_BD)
+        self._beside_strangers(told, a_BD)
         return told
 
     @torch.no_grad()

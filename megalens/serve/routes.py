@@ -14,9 +14,9 @@ from starlette.responses import Response
 
 from megalens.serve import completion, schema
 from megalens.serve.answers import Events, answer, body_of, refusal, told, while_listening
-from megalens.serve.limits import Limits
+from megalens.serve.limits import Limits, Refused
 from megalens.serve.reader import Context, Reader, Row, Told
-from megalens.serve.schema import Asked, Refused, Saying
+from megalens.serve.schema import Asked, Saying
 from megalens.serve.tokens import decode, infos
 from megalens.serve.worker import Failure, Job, Left, Worker
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from megalens.serve.limits import Limits
+from megalens.serve.limits import Limits, Refused
 
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Vector = list[float]
 Asked = TypeVar("Asked", bound=BaseModel)
-
-
-class Refused(ValueError):
-    """A request that cannot be answered: the status, and what is wrong, in one line."""
-
-    def __init__(self, status: int, detail: str | list[dict]):
-        super().__init__(str(detail))
-        self.status, self.detail = status, detail
 
 
 class Message(BaseModel):
@@ -79,6 +72,14 @@ class Saying(BaseModel):
     @classmethod
     def _few_tokens(cls, value: int, info: ValidationInfo) -> int:
         return _no_more(value, info, "max_new_tokens")
+
+    @field_validator("search")
+    @classmethod
+    def _small_search(cls, value: str, info: ValidationInfo) -> str:
+        most = _limit(info, "max_search")
+        if len(value) > 100 or any(int(digits) > most for digits in re.findall(r"\d+", value)):
+            raise PydanticCustomError("search_too_large", "No number of a search may be above {most} (max_search)", {"most": most})
+        return value
 
     @field_validator("k")
     @classmethod
@@ -184,8 +185,12 @@ def read(kind: type[Asked], body: bytes, limits: Limits) -> Asked:
         raise Refused(422, found) from None
 
 
+def _limit(info: ValidationInfo, name: str) -> int:
+    return getattr(info.context, name)
+
+
 def _at_most(value: Any, info: ValidationInfo, limit: str, least: int = 0) -> Any:
-    most, unit, kind = getattr(info.context, limit), "characters", "string"
+    most, unit, kind = _limit(info, limit), "characters", "string"
     if isinstance(value, list):
         unit, kind = "items", "list"
     length = 0 if value is None else len(value)
@@ -202,6 +207,6 @@ def _at_most(value: Any, info: ValidationInfo, limit: str, least: int = 0) -> An
 
 
 def _no_more(value: int, info: ValidationInfo, limit: str) -> int:
-    if value > (most := getattr(info.context, limit)):
+    if value > (most := _limit(info, limit)):
         raise PydanticCustomError("less_than_equal", "Input should be less than or equal to {le} ({limit})", {"le": most, "limit": limit})
     return value

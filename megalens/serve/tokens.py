@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megalens.serve.limits import Limits
-from megalens.serve.schema import Message, Refused, Shared
+from megalens.serve.limits import Limits, Refused
+
+if TYPE_CHECKING:  # pages that need no server need no pydantic
+    from megalens.serve.schema import Message, Shared
 
 GLYPH = 4  # tokens behind a broken one that may complete its sign
 BROKEN = "\ufffd"
