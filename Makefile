@@ -52,4 +52,5 @@ lint: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .hypothesis
 	find $(wildcard megalens tools tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +

@@ -53,7 +53,7 @@ def means_one_thing(config: Config, place: Path) -> None:
     assert config_to_dict(load_config([f"config={place / 'again.yaml'}"])) == saved | {"run_name": config.run_name or "again"}
 
 
-@fuzzed(250)
+@fuzzed(80)
 @given(st.lists(st.one_of(st.builds(lambda key, value: f"{key}={value}", keys, st.one_of(words, values)), words), max_size=4))
 @example(["run_name=\\${seed}"])
 def test_a_command_line_is_taken_or_refused(place, arguments):
@@ -89,7 +89,7 @@ def files_of_settings(draw) -> bytes:
     return draw(damaged(data)) if form == "damaged" else data
 
 
-@fuzzed(150)
+@fuzzed(80)
 @given(files_of_settings())
 @example(b'seed: "\\U110B9F7B"')
 @example(b"dataset: 1e-05\ndataset.split_seed: true")
@@ -104,7 +104,7 @@ def test_a_settings_file_is_taken_or_refused_with_its_name(place, data):
     assert tree(place, but=("again.yaml",)) == before
 
 
-@fuzzed(200)
+@fuzzed(150)
 @given(durations, clocks)
 def test_a_duration_that_is_taken_is_a_number_of_steps(text, clock):
     try:
@@ -115,7 +115,7 @@ def test_a_duration_that_is_taken_is_a_number_of_steps(text, clock):
     assert 0 <= duration_steps(text, clock) < 10**45
 
 
-@fuzzed(150)
+@fuzzed(80)
 @given(
     st.fixed_dictionaries(
         {},
