@@ -17,7 +17,7 @@ function make(name, attributes = {}, ...inside) {
 }
 const button = (text, onclick) => make("button", {type: "button", onclick, class: "live"}, text);
 function table(caption, head, rows) {
-  return make("table", {class: "words"}, make("caption", {class: "chip"}, caption),
+  return make("table", {class: "figures"}, make("caption", {class: "chip"}, caption),
     make("thead", {}, make("tr", {}, ...head.map(cell => make("th", {scope: "col"}, cell)))),
     make("tbody", {}, ...rows.map(row => make("tr", {}, ...row.map(cell => make("td", {}, cell))))));
 }
