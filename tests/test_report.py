@@ -133,6 +133,7 @@ def test_without_the_training_dump_the_checkpoint_says_what_is_measured_against(
     for arguments, figures in (([], with_dump), ([root], without)):
         assert run(monkeypatch, f"checkpoint={checkpoint}", "evaluation.num_samples=8", *arguments) == 0
         figures.append(json.loads((checkpoint.parent / "evaluation.json").read_text()))
+    assert with_dump[0]["figures"].pop("token_mean")["fve_nrm"] < 1  # it is made of the training dump
     assert without[0]["figures"] == with_dump[0]["figures"]
     assert without[0]["setting"]["statistics"].startswith("kept in the checkpoint: there is no dump in")
     assert "kept in the checkpoint" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.trust import chance, consensus, identify, judged, unusual, words
 from megalens.evaluate.trust.judged import Line, judge
 
@@ -200,3 +201,16 @@ def test_shrinkage_is_that_of_ledoit_and_wolf():
     expected = (1 - noise / spread) * sample_DD + noise / spread * level * np.eye(8)
     assert unusual.shrunk_covariance(x_ND) == pytest.approx(expected, abs=1e-9)
     assert np.isfinite(np.linalg.inv(unusual.shrunk_covariance(x_ND[:3] - x_ND[:3].mean(0)))).all()  # fewer rows than dimensions
+
+
+# ----------------------------------------------------------------------------------------------------------- token means
+
+
+def test_a_token_is_predicted_by_its_shrunk_mean_and_an_unknown_one_by_the_mean_of_all(rows):
+    mean_D = rows["u"].mean(0)
+    means = TokenMeans(rows["token"], rows["u"], mean_D)
+    mine_ND = rows["u"][rows["token"] == 3]
+    expected_D = (mine_ND.sum(0) + 8 * mean_D) / (len(mine_ND) + 8)
+    predicted_ND = means.predict(np.array([3, 999, -1]))
+    assert predicted_ND[0] == pytest.approx(expected_D) and (predicted_ND[1:] == mean_D).all()
+    assert means.covered(np.array([3, 999])).tolist() == [True, False]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_baselines import Rows, make_lens
 
+from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.trust import planting
 from megalens.evaluate.trust.knowledge import copies_of
 from megalens.evaluate.trust.parts import Known, Leads
@@ -47,8 +48,8 @@ def rows(lens, loader):
 
 def known(rows):
     labels = {name: [f"{name} {doc % 5} river" for doc in rows.doc_id_N] for name in ("title", "topic", "gloss")}
-    training_N = np.array([ids[-1] for ids in rows.contexts])
-    return Known(Greedy(), copies_of(rows), ["and so it went"] * len(rows), labels, rows.a_ND.double().numpy(), training_N)
+    means = TokenMeans(np.array([ids[-1] for ids in rows.contexts]), rows.a_ND.numpy(), rows.statistics.mean.double().numpy())
+    return Known(Greedy(), copies_of(rows), ["and so it went"] * len(rows), labels, rows.a_ND.double().numpy(), means)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def test_figures_do_not_depend_on_batch_size_or_the_order_of_rows(rows, found):
     for part, figures in found.items():
         for name, value in figures.items():
             if isinstance(value, dict) and "value" in value:
-                assert again[part][name]["value"] == pytest.approx(value["value"], abs=1e-5, nan_ok=True), name
+                assert again[part][name]["value"] == pytest.approx(value["value"], abs=1e-5), name
             elif isinstance(value, float):
-                assert again[part][name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+                assert again[part][name] == pytest.approx(value, abs=1e-5), name
 
 
 def test_an_untrained_lens_is_at_chance_and_its_intervals_hold_its_figures(found):
@@ -83,7 +84,8 @@ def test_an_untrained_lens_is_at_chance_and_its_intervals_hold_its_figures(found
         name: value for figures in found.values() for name, value in figures.items() if isinstance(value, dict) and "verdict" in value
     }
     assert len(judged) > 25
-    assert all(value["low"] - 1e-9 <= value["value"] <= value["high"] + 1e-9 for value in judged.values() if np.isfinite(value["value"]))
+    known_ones = [value for value in judged.values() if value["value"] is not None]
+    assert len(known_ones) > 20 and all(value["low"] - 1e-9 <= value["value"] <= value["high"] + 1e-9 for value in known_ones)
     assert judged["choice10_hard"]["verdict"] != "pass" and judged["nll_gap"]["verdict"] != "pass"
     assert abs(judged["choice10_shuffled"]["value"] - 0.1) < 0.15
     assert judged["tail_recall"]["value"] < 0.5

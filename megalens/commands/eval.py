@@ -34,6 +34,9 @@ from megalens.evaluate import report
 from megalens.evaluate.evaluation import evaluate, training_statistics
 from megalens.evaluate.readers import SUBJECT, Reader, other_lens
 from megalens.evaluate.table import comparison, examples, table
+from megalens.evaluate.trust.knowledge import little_known, token_means_of
+from megalens.evaluate.trust.rows import trust_rows
+from megalens.evaluate.trust.suite import SHORT, judgement, run_parts
 from megalens.explain.search import searches_named
 from megalens.lens.lens import ConsistencyLens
 from megalens.training.track import read_curve
@@ -61,7 +64,10 @@ def measure(folder: Path, settings: list[str]) -> None:
     reader = reader_named(config, loaded.lens)
     if not shards_weights(config):
         loaded.lens.ranks = Ranks(device, config)
-    result = evaluate(loaded.lens, loader, config, statistics, search, others=others, reader=reader)
+    means = token_means_of(config, statistics)
+    result = evaluate(loaded.lens, loader, config, statistics, search, others=others, reader=reader, token_means=means)
+    rows = trust_rows(loaded.lens, loader, statistics, search, config.evaluation.trust_rows, config.evaluation.batch_size)
+    result.trust = run_parts(rows, little_known(rows, search, means), config.evaluation.bootstrap, SHORT)
     loaded.lens.ranks.close()
     if not loaded.lens.ranks.is_main:
         return
@@ -69,7 +75,7 @@ def measure(folder: Path, settings: list[str]) -> None:
     run = run_folder(folder)
     report.save(run, result, read_curve(run / "metrics.jsonl"))
     written = f"written: {run / 'evaluation.json'} and {run / 'report.html'}"
-    print("\n" + "\n\n".join(filter(None, [table(result), comparison(result), examples(result), written])))
+    print("\n" + "\n\n".join(filter(None, [table(result), comparison(result), judgement(result.trust), examples(result), written])))
 
 
 def reader_named(config: Config, lens: ConsistencyLens) -> Reader:

@@ -19,6 +19,7 @@ from megalens.batch import Batch
 from megalens.evaluate.measure import Rebuild, read_by_lens
 from megalens.evaluate.readers import read_by_subject
 from megalens.evaluate.text import to_texts
+from megalens.evaluate.token_means import TokenMeans
 from megalens.lens.lens import ConsistencyLens
 
 
@@ -33,6 +34,7 @@ class Given:
         other_texts: explanations of other rows (:func:`partners`).
         count_B: tokens of each copy: as many as the text in whose place it stands.
         mean_D: the mean of the TRAINING activations.
+        token_means: of the training activations, by the token at P; None: they are gone, and what is made of them is left out.
     """
 
     lens: ConsistencyLens
@@ -41,6 +43,7 @@ class Given:
     other_texts: list[str]
     count_B: Tensor
     mean_D: Tensor
+    token_means: TokenMeans | None = None
 
 
 class Source(NamedTuple):
@@ -87,6 +90,14 @@ def _lens(given: Given) -> Rebuild:
     return read_by_lens(given.lens, given.texts)
 
 
+@source("token_mean", "mean of the token at P")
+def _token_mean(given: Given) -> Rebuild:
+    """What reading the last token alone, and nothing else, could give."""
+    if given.token_means is None:
+        raise ValueError("there are no means of tokens; see sources_of")
+    return _without_text(given.token_means.rebuild(given.batch["input_ids"], given.batch["position"]))
+
+
 @source("shuffled", "explanations of other rows")
 def _shuffled(given: Given) -> Rebuild:
     return read_by_lens(given.lens, given.other_texts)
@@ -107,6 +118,11 @@ def context_tails(tokenizer: PreTrainedTokenizerBase, input_ids_BC: Tensor, posi
     places = zip(input_ids_BC.tolist(), position_B.tolist(), count_B.tolist(), strict=True)
     contexts = [row[max(0, p + 1 - count) : p + 1] for row, p, count in places]
     return tokenizer.batch_decode(contexts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def sources_of(token_means: TokenMeans | None) -> tuple[str, ...]:
+    """The sources that can be measured."""
+    return tuple(name for name in SOURCES if name != "token_mean" or token_means is not None)
 
 
 def partners(doc_ids: np.ndarray) -> np.ndarray:

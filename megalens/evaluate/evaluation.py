@@ -20,12 +20,13 @@ from megalens.data.loader import ActivationLoader
 from megalens.data.source import mixture
 from megalens.device import resolve_dtype
 from megalens.engine.base import to_device
-from megalens.evaluate.baselines import SOURCES, Given, partners
+from megalens.evaluate.baselines import SOURCES, Given, partners, sources_of
 from megalens.evaluate.compare import Comparison, compare
 from megalens.evaluate.measure import RowScorer, Said, Search
 from megalens.evaluate.metrics import figures, join, row_fve
 from megalens.evaluate.readers import SUBJECT, Reader
 from megalens.evaluate.text import pad, to_ids, to_texts
+from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.tokens import explain_ids
 from megalens.lens.lens import ConsistencyLens
 from megalens.statistics import ActivationStatistics
@@ -46,6 +47,7 @@ class Result:
         roundtrip: share of the lens's explanations that are re-tokenised to the very tokens that were said.
         examples: the first rows: ``context``, ``explanation``, ``fve``, ``position``, ``doc_id``.
         documents: some contexts explained at every token: ``doc_id`` and ``tokens``, a list of ``token``, ``explanation``, ``fve``.
+        trust: what can be said of the words' worth, ``{part: {figure: value}}`` (:mod:`megalens.evaluate.trust`).
         prefixes: ``{number: {source: {figure: value}}}`` of the explanations' first tokens alone, and of copies of that length.
     """
 
@@ -56,6 +58,7 @@ class Result:
     examples: list[dict] = field(default_factory=list)
     documents: list[dict] = field(default_factory=list)
     prefixes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    trust: dict[str, dict] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain dictionaries and lists."""
@@ -73,6 +76,7 @@ def evaluate(
     with_documents: bool = True,
     others: Sequence[Search] = (),
     reader: Reader = SUBJECT,
+    token_means: TokenMeans | None = None,
 ) -> Result:
     """Measure a lens on held-out rows; writes nothing. Ranks that use the lens together divide the rows, and all get the result.
 
@@ -86,6 +90,7 @@ def evaluate(
         with_documents: explain ``evaluation.report_documents`` contexts token by token too.
         others: searches to compare with, on the first ``evaluation.search_rows`` rows.
         reader: reads what is compared too, and takes no part in any search.
+        token_means: of the training activations, for the row "mean of the token at P".
     """
     options = config.evaluation
     count = loader.num_rows if options.num_samples < 0 else min(options.num_samples, loader.num_rows)
@@ -100,7 +105,7 @@ def evaluate(
     with tqdm(total=steps, desc="evaluate", unit="batch", disable=not (progress and lens.ranks.is_main)) as bar:
         said = explanations(lens, loader, batches, search, bar)
         other_texts = [said.texts[i] for i in partners(doc_ids)]
-        rows, shorter = _row_statistics(lens, loader, batches, said, other_texts, statistics, options.prefixes, bar)
+        rows, shorter = _row_statistics(lens, loader, batches, said, other_texts, statistics, options.prefixes, bar, token_means)
         searched = {search.name: said.first(len(first))}
         searched |= {other.name: explanations(lens, loader, searched_batches, other, bar) for other in others}
         comparison = compare(lens, loader, options, doc_ids[: len(first)], searched, statistics, reader)
@@ -166,6 +171,7 @@ def _row_statistics(
     statistics: ActivationStatistics,
     prefixes: list[int],
     bar: tqdm,
+    token_means: TokenMeans | None,
 ) -> tuple[AllRows, dict[int, AllRows]]:
     """Per-row statistics of every source; and with the explanations' first tokens alone, of what depends on a text's length."""
 
@@ -175,8 +181,9 @@ def _row_statistics(
         texts, other_texts = ([each[i] for i in numbers] for each in (said.texts, others))
         for count in (None, *prefixes):
             shown, count_B = first_tokens(lens, texts, count)
-            given = Given(lens, batch, shown, other_texts, count_B.to(lens.mean.device), mean_D)
-            found.append({source: scorer(SOURCES[source].rebuild(given)) for source in (OF_LENGTH if count else SOURCES)})
+            given = Given(lens, batch, shown, other_texts, count_B.to(lens.mean.device), mean_D, token_means)
+            sources = OF_LENGTH if count else sources_of(token_means)
+            found.append({source: scorer(SOURCES[source].rebuild(given)) for source in sources})
         found[0]["lens"] |= said.rows(numbers, lens)
         bar.update(lens.ranks.data_ranks)
         return found

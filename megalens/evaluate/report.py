@@ -22,6 +22,7 @@ from megalens.evaluate.table import (
     number,
     worth,
 )
+from megalens.evaluate.trust.suite import with_lines
 from megalens.files import new_file
 from megalens.page.charts import Interval, Line, intervals, lines, points
 from megalens.page.text import escape
@@ -70,6 +71,8 @@ def render(result: Result, title: str, curve: list[dict]) -> str:
         _comparison(result),
         *(f'<p class="soft">{escape(sentence)}</p>' for sentence in about_comparison(result.comparison)),
     ]
+    if result.trust:
+        parts += ["<h2>Can the words be trusted?</h2>", _trust(result)]
     if result.examples:
         parts += [
             "<h2>The first held-out rows</h2>",
@@ -143,6 +146,15 @@ def _cells(rows: list[list[str]]) -> str:
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows[1:]
     )
     return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _trust(result: Result) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("value", "95 %", "verdict", "what it means"))
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in with_lines(result.trust)
+    )
+    return f'<div class="card"><table class="words"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _comparison(result: Result) -> str:

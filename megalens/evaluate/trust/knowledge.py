@@ -11,8 +11,10 @@ from megalens.data.loader import ActivationLoader
 from megalens.data.pretokenize import load_tokens
 from megalens.evaluate.measure import Search
 from megalens.evaluate.text import to_texts
+from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.trust.parts import Known, Leads
 from megalens.evaluate.trust.rows import TrustRows, chunks
+from megalens.statistics import ActivationStatistics
 
 FOLLOWING, TRAINING_ROWS = 16, 10_000
 LABELS = ("title", "topic", "gloss")
@@ -20,7 +22,8 @@ LABELS = ("title", "topic", "gloss")
 
 def known_of(rows: TrustRows, config: Config, search: Search) -> Known:
     """All that can be found out; what is not there (a corpus without labels, a training dump that is gone) is left out."""
-    known = Known(search, copies_of(rows), leads=leads_of(config, rows.lens.tokenizer))
+    known = little_known(rows, search, token_means_of(config, rows.statistics))
+    known.leads = leads_of(config, rows.lens.tokenizer)
     known.following = _following(rows, config)
     known.labels = labels_of(config, rows.doc_id_N.tolist(), LABELS, held_out=True)
     try:
@@ -29,8 +32,20 @@ def known_of(rows: TrustRows, config: Config, search: Search) -> Known:
         return known
     batch = loader.rows(range(min(TRAINING_ROWS, loader.num_rows)))
     known.training_ND = batch["activation"].double().numpy()
-    known.training_token_N = batch["input_ids"].gather(1, batch["position"][:, None])[:, 0].numpy()
     return known
+
+
+def little_known(rows: TrustRows, search: Search, token_means: TokenMeans | None) -> Known:
+    """What the short parts need, which every evaluation has."""
+    return Known(search, copies_of(rows), token_means=token_means)
+
+
+def token_means_of(config: Config, statistics: ActivationStatistics) -> TokenMeans | None:
+    """From the training dump; None where it cannot be read."""
+    try:
+        return TokenMeans.of(ActivationLoader(config.activation_dir("train"), 1, config.seed), statistics)
+    except DataError:
+        return None
 
 
 def copies_of(rows: TrustRows) -> list[str]:

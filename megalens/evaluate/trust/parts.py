@@ -14,11 +14,12 @@ import torch
 
 from megalens.evaluate.measure import Search
 from megalens.evaluate.text import pieces, to_ids
+from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.trust.chance import above_chance, fit_confidence, retest
 from megalens.evaluate.trust.consensus import agreement, calibration_error, kept
 from megalens.evaluate.trust.identify import choice
 from megalens.evaluate.trust.judged import Judged, Statistic, difference, mean, ratio
-from megalens.evaluate.trust.rows import TrustRows
+from megalens.evaluate.trust.rows import TrustRows, unit
 from megalens.evaluate.trust.unusual import fit_usual
 from megalens.evaluate.trust.words import content_words, kind_lift, kinds_of_words, said, said_lift
 
@@ -47,7 +48,7 @@ class Known:
         following: the text that really follows each context, 16 tokens.
         labels: ``title``, ``topic`` and ``gloss`` of each row's document.
         training_ND: activations of training rows.
-        training_token_N: the token at P of each.
+        token_means: of training activations, by the token at P.
         leads: training documents with their glosses.
     """
 
@@ -56,7 +57,7 @@ class Known:
     following: list[str] | None = None
     labels: dict[str, list[str]] = field(default_factory=dict)
     training_ND: np.ndarray | None = None
-    training_token_N: np.ndarray | None = None
+    token_means: TokenMeans | None = None
     leads: Leads | None = None
 
 
@@ -79,17 +80,18 @@ def part(name: str) -> Callable[[Part], Part]:
 def _identification(rows: TrustRows, known: Known) -> Figures:
     """Is a rebuild nearer to its own activation than to nine others'?"""
     sources = {"": rows.rebuilt_ND, "_copy": rows.read(known.copies), "_shuffled": rows.rebuilt_ND[rows.partners_NK[:, 0]]}
-    if known.training_ND is not None and known.training_token_N is not None:
-        sources["_token_mean"], covered_N = token_means(rows, known.training_ND, known.training_token_N)
+    if known.token_means is not None:
+        token_N = np.array([ids[-1] for ids in rows.contexts])
+        sources["_token_mean"] = unit(known.token_means.predict(token_N))
     figures: Figures = {}
     hard: dict[str, Statistic] = {}
     for source, u_hat_ND in sources.items():
         figures[f"choice10{source}"] = _known_mean(choice(rows.u_ND, u_hat_ND, rows.mean_D, rows.partners_NK))
         figures[f"choice10_hard{source}"] = hard[source] = _known_mean(choice(rows.u_ND, u_hat_ND, rows.mean_D, rows.hard_NK))
-    if "_token_mean" in sources:
+    if known.token_means is not None:
         figures["choice10_over_token"] = difference(hard[""], hard["_token_mean"])
         figures["fve_token_mean"] = _fve(rows, sources["_token_mean"])
-        figures["token_covered"] = float(covered_N.mean())
+        figures["token_covered"] = float(known.token_means.covered(token_N).mean())
     return figures
 
 
@@ -219,25 +221,6 @@ def _texts(rows: TrustRows, known: Known) -> Figures:
         "repetition": mean(np.array(repeated)),
         "round_trip": mean(rows.round_trip_N.astype(float)),
     }
-
-
-def token_means(rows: TrustRows, training_ND: np.ndarray, token_N: np.ndarray, shrink: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
-    """Predict each row by the mean training activation of its token at P, shrunk towards the mean of all.
-
-    Returns:
-        Predictions of unit length ``[N, D]``, and which rows' token has at least ``shrink`` training rows ``[N]``.
-    """
-    wanted_N = np.array([ids[-1] for ids in rows.contexts])
-    found, inverse_N = np.unique(wanted_N, return_inverse=True)
-    sums_TD, count_T = np.zeros((len(found), training_ND.shape[1])), np.zeros(len(found))
-    place_M = np.searchsorted(found, token_N).clip(max=len(found) - 1)
-    match_M = found[place_M] == token_N
-    np.add.at(sums_TD, place_M[match_M], training_ND[match_M])
-    np.add.at(count_T, place_M[match_M], 1)
-    mean_D = rows.statistics.mean.double().cpu().numpy()
-    predicted_TD = (sums_TD + shrink * mean_D) / (count_T + shrink)[:, None]
-    norm = np.linalg.norm(predicted_TD, axis=1, keepdims=True)
-    return (predicted_TD / np.maximum(norm, 1e-12))[inverse_N], count_T[inverse_N] >= shrink
 
 
 def bags(texts: Sequence[str]) -> Words:

@@ -51,7 +51,14 @@ def plain(name: str, value: Any, rows: TrustRows, bootstrap: int) -> Any:
     if callable(value):
         line = LINES[name][0] if name in LINES else None
         value = judge(value, rows.doc_id_N, line, bootstrap, rows.lens.config.seed)
-    return dataclasses.asdict(value) if isinstance(value, Judged) else value
+    return _without_nan(dataclasses.asdict(value) if isinstance(value, Judged) else value)
+
+
+def _without_nan(value: Any) -> Any:
+    """None in the place of what is not a number: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def kept(path: Path, setting: dict[str, Any]) -> dict[str, dict]:
@@ -68,16 +75,30 @@ def keep(path: Path, setting: dict[str, Any]) -> Callable[[dict[str, dict]], Non
     return lambda parts: save_json(path, {"setting": setting, "parts": parts})
 
 
+def judgement(parts: dict[str, dict[str, Any]]) -> str:
+    """The figures that have a line: each with its interval, verdict and what it means; empty where there are none."""
+    shown = with_lines(parts)
+    return "\n".join(["Can the words be trusted? (tools/trust.py asks more)", align(shown, "<><<<")]) if shown else ""
+
+
 def table(parts: dict[str, dict[str, Any]]) -> str:
     """All judged figures, those with a line first, each with its interval, verdict and meaning."""
-    judged = {
-        name: value for figures in parts.values() for name, value in figures.items() if isinstance(value, dict) and "verdict" in value
-    }
-    lined = [[name, *_cells(judged[name]), judged[name]["verdict"], LINES[name][1]] for name in LINES if name in judged]
+    judged, lined = _judged(parts), with_lines(parts)
     rest = [[name, *_cells(value), "", ""] for name, value in judged.items() if name not in LINES]
     return align([["", "value", "95 %", "", ""], *lined, *rest], "<><<<")
 
 
+def with_lines(parts: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Name, value, interval, verdict and meaning of each figure that has a line."""
+    judged = _judged(parts)
+    return [[name, *_cells(judged[name]), judged[name]["verdict"], LINES[name][1]] for name in LINES if name in judged]
+
+
+def _judged(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    every = {name: value for figures in parts.values() for name, value in figures.items()}
+    return {name: value for name, value in every.items() if isinstance(value, dict) and "verdict" in value}
+
+
 def _cells(value: dict[str, Any]) -> list[str]:
-    shown = ["-" if not np.isfinite(value[end]) else number(value[end]) for end in ("value", "low", "high")]
+    shown = ["-" if value[end] is None else number(value[end]) for end in ("value", "low", "high")]
     return [shown[0], f"[{shown[1]}, {shown[2]}]"]
