@@ -136,7 +136,11 @@ def test_without_the_training_dump_the_checkpoint_says_what_is_measured_against(
     assert with_dump[0]["figures"].pop("token_mean")["fve_nrm"] < 1  # it is made of the training dump
     assert without[0]["figures"] == with_dump[0]["figures"]
     assert without[0]["setting"]["statistics"].startswith("kept in the checkpoint: there is no dump in")
-    assert "kept in the checkpoint" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "kept in the checkpoint" in printed
+    assert printed.count("Can the words be trusted?") == 2
+    assert "choice10_over_token" in with_dump[0]["trust"]["identification"] and "choice10_hard" in without[0]["trust"]["identification"]
+    assert "Can the words be trusted?" in (checkpoint.parent / "report.html").read_text()
 
 
 def test_another_search_is_named_beside_its_figures(checkpoint, monkeypatch, capsys):
