@@ -129,7 +129,7 @@ def test_checkpoint_of_another_subject_is_refused_before_anything_of_it_is_loade
 def test_folder_without_a_lens_and_damaged_files_are_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing is no checkpoint: it does not exist; a run's best one is outputs/<run>/best"):
         load_lens(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"holds no lens.json; a run's best one is outputs/<run>/best"):
+    with pytest.raises(CheckpointError, match=r"holds no lens.json, no av/nla_meta.yaml; a run's best one is outputs/<run>/best"):
         load_lens(tmp_path)
     (saved[0] / CHECKSUMS).unlink()
     path = saved[0] / "lens.safetensors"
@@ -193,7 +193,7 @@ class Foreign:
 
 def test_a_format_that_is_listed_is_loaded_by_its_files_and_named_in_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS, Foreign("a lens")])
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: it holds no lens.json, no foreign.txt;"):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it holds no lens.json, no av/nla_meta.yaml, no foreign.txt;"):
         load_lens(tmp_path)
     (tmp_path / "foreign.txt").touch()
     assert load_lens(str(tmp_path), device="cpu") == ("a lens", tmp_path, {"device": "cpu"})
