@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENAMETOOLONG}
-_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LONGEST = 600
 _LESS_MEMORY = (
     "lower batch_size and raise gradient_accumulation_steps by as much (a dump: activation_dumper.batch_size, an evaluation: "
@@ -77,7 +77,7 @@ def told(error: Exception) -> list[str]:
         return [f"{error.name} is not installed for {sys.executable}; {mend}"]
     if isinstance(error, FloatingPointError):
         return [f"{_one_line(error)}; lower learning_rate, or compute with dtype=fp32"]
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         said = _one_line(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")
         return [f"out of memory ({'. '.join(said[:2]) or 'Python had none left'}); {_LESS_MEMORY}"]
     if type(error).__module__.split(".")[0] == "megalens" or (isinstance(error, OSError) and error.errno in _ENVIRONMENT):
@@ -85,11 +85,11 @@ def told(error: Exception) -> list[str]:
     return []
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """PyTorch has a class for it on GPUs only (not imported here: help needs no library)."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
 
 
 def _one_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ from megalens.evaluate.trust.rows import trust_rows
 from megalens.evaluate.trust.suite import PARTS, keep, kept, run_parts, table
 from megalens.explain.search import searches_named
 from megalens.files import checksum
+from megalens.launcher import launched
 
 
 def main(arguments: list[str]) -> None:
@@ -40,6 +41,8 @@ def main(arguments: list[str]) -> None:
     names = tuple(args.parts.split(","))
     if unknown := set(names) - PARTS.keys():
         raise ConfigError(f"parts={args.parts}: there is no part '{min(unknown)}'; there are: {', '.join(PARTS)}")
+    if launched().size > 1:
+        raise ConfigError("the suite runs in one process; start it without torchrun or srun")
     folder = args.checkpoint
     config = read_config(folder, settings)
     search, *_ = searches_named(config.evaluation.search)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from megalens.cli import NO_MEMORY
 from megalens.config import Config, ConfigError
 from megalens.device import materialise, resolve_dtype
 from megalens.families.causal_lm import CausalLM
@@ -24,8 +25,6 @@ from megalens.families.protocol import Settings
 from megalens.families.registry import attention_of, class_of
 from megalens.families.self_check import check_layout
 from megalens.families.weights import WeightFiles, damage_of, find_file, no_safetensors, weight_count, wrong_shape
-
-_NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory")
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -220,7 +219,7 @@ def _why_not(factory, name: str, error: Exception) -> str:
     if reason.startswith("Couldn't instantiate the backend tokenizer"):
         files = "tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"
         return f"{name} has no tokenizer files ({files}); copy them there, or set tokenizer_name to a model with the same tokenizer"
-    if any(sign in reason for sign in _NO_MEMORY):
+    if any(sign in reason for sign in NO_MEMORY):
         mend = "share it among ranks, as in torchrun --nproc_per_node 8 ... engine=fsdp (docs/large.md), or name a smaller model"
         return f"out of memory: {name} does not fit into this process ({reason}); {mend}"
     if isinstance(error, json.JSONDecodeError) and (bad := _bad_json(name)):

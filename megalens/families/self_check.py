@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megalens.cli import is_out_of_memory
 from megalens.config import ConfigError
 from megalens.families.cache import KVCache
 from megalens.families.causal_lm import CausalLM
@@ -38,9 +39,11 @@ def check_walk(lm: CausalLM, device: torch.device | None = None) -> None:
     try:
         with torch.no_grad(), _short_window(lm.config):
             difference = _first_difference(lm, device or lm.vocabulary.in_weight.device)
-    except (torch.OutOfMemoryError, ConfigError):
+    except ConfigError:
         raise
     except _NOT_CALLABLE_SO as error:
+        if is_out_of_memory(error) or isinstance(error, torch.distributed.DistError):
+            raise  # the machine's doing, not the model's
         reason = (str(error).strip().splitlines() or [""])[0]
         difference = f"it cannot be called block by block ({type(error).__name__}: {reason})"
     if difference:
