@@ -1,6 +1,7 @@
 """Settings: what is accepted, how it is merged, and the one line that meets each mistake."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -294,3 +295,15 @@ def test_an_empty_file_changes_nothing(tmp_path):
 )
 def test_values_as_wandbs_agent_writes_them(argument, key, value):
     assert getattr(load_config(["max_train_steps=5s", argument]), key) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"betas": [0.9, {"a": 1}]}, "betas=[0.9, {'a': 1}] must hold numbers, not {'a': 1}"),
+        ({"activation_dumper": {"layers": [[1]]}}, "activation_dumper.layers=[[1]] must hold whole numbers, not [1]"),
+    ],
+)
+def test_a_list_holds_what_its_setting_says(values, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        config_from_dict(values)

@@ -193,6 +193,8 @@ def test_state_of_other_parameters_is_refused_by_name(tmp_path):
     other = build_engine(Config(device="cpu"), module, groups)
     with pytest.raises(EngineError, match=r"head\.bias"):
         other.load_state(OptimizerState(tmp_path))
+    with pytest.raises(EngineError, match="lacks exp_avg.no_such_parameter: it is damaged"):
+        OptimizerState(tmp_path).moments("no_such_parameter")
     (tmp_path / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(EngineError, match="cannot be read"):
         engine.load_state(OptimizerState(tmp_path))

@@ -150,6 +150,8 @@ REFUSED = {
     GRID % "learning_rate: {min: 0.1, max: 1.0}": "learning_rate: a grid needs values: [...], not a range",
     GRID % "learning_rate: [1, 2]": "learning_rate: write learning_rate: {value: ...}",
     GRID.replace("grid", "random, metric: {name: x}") % "learning_rate: {min: 1.0, max: 0.1}": "min: 1.0 must be less than max: 0.1",
+    GRID.replace("grid", "random, metric: {name: x}") % "learning_rate: {min: 1.0, max: .inf}": "must be finite, and their difference too",
+    GRID.replace("grid", "random, metric: {name: x}") % "learning_rate: {min: -1.7e308, max: 1.7e308}": "and their difference too",
     GRID.replace("grid", "random, metric: {name: x}") % "learning_rate: {min: 1.0, max: 2.0, distribution: normal}": "not known offline",
     GRID.replace("grid", "random, metric: {name: x}, early_terminate: {type: hyperband}")
     % "t_text: {values: [4]}": "early_terminate.min_iter",

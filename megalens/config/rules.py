@@ -122,8 +122,22 @@ def _check_each(node: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}{f.name}={value} must be a finite number")
         elif isinstance(value, int) and abs(value) >= 1 << 63:
             raise ConfigError(f"{prefix}{f.name}={value} must be less than 2**63, so that it fits 64 bits")
+        elif isinstance(value, list) and (wrong := [each for each in value if not _is_element(each, str(f.type))]):
+            raise ConfigError(f"{prefix}{f.name}={value!a} must hold {_ELEMENTS[str(f.type)][0]}, not {wrong[0]!a}")
         elif any(isinstance(text, str) and not _is_plain(text) for text in (value if isinstance(value, list) else [value])):
             raise ConfigError(f"{prefix}{f.name}={value!a} holds a null character or bytes that are no UTF-8")
+
+
+_ELEMENTS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "list[int]": ("whole numbers", (int,)),
+    "list[float]": ("numbers", (int, float)),
+    "list[str]": ("texts", (str,)),
+}
+"""What a list of a type holds."""
+
+
+def _is_element(value: Any, of: str) -> bool:
+    return of not in _ELEMENTS or (isinstance(value, _ELEMENTS[of][1]) and not isinstance(value, bool))
 
 
 def _is_plain(text: str) -> bool:

@@ -132,11 +132,15 @@ class OptimizerState:
         """Steps that the optimizer had counted for a parameter (called as in the module)."""
         key = self._key("step", name)
         key = key if key in self._files else "step"
+        if key not in self._files:
+            raise EngineError(f"{self.folder} lacks {key}: it is damaged; start anew with checkpoint.resume=false")
         return self._files[key].get_tensor(key).item()
 
     def moments(self, name: str, place: tuple[slice, ...] = ()) -> dict[str, Tensor]:
         """What the optimizer keeps for a parameter (called as in the module), or for a part of it."""
         keys = {moment: self._key(moment, name) for moment in self._moments}
+        if missing := [key for key in keys.values() if key not in self._files]:
+            raise EngineError(f"{self.folder} lacks {missing[0]}: it is damaged; start anew with checkpoint.resume=false")
         return {moment: self._files[key].get_slice(key)[place or ...].clone() for moment, key in keys.items()}
 
     def _key(self, moment: str, name: str) -> str:

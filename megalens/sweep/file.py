@@ -209,6 +209,7 @@ def _parameter(key: str, parameter: dict) -> Any:
     high: Any = parameter.get("max")
     _require(_is_number(low) and _is_number(high), f"{key}: needs value:, values: or min: and max: (numbers)")
     _require(low < high, f"{key}: min: {low} must be less than max: {high}")
+    _require(math.isfinite(float(high) - float(low)), f"{key}: min: {low} and max: {high} must be finite, and their difference too")
     kind = parameter.get("distribution", "int_uniform" if _is_whole(low) and _is_whole(high) else "uniform")
     _require(kind in _KNOWN, f"{key}.distribution: {kind} is not known offline; there are: {', '.join(_KNOWN)}")
     return _range(key, kind, low, high, parameter.get("q", 1))
