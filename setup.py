@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 REQUIRED = [
     "torch>=2.11,<3",  # tensors, autograd, compile, distributed
     "transformers>=5.20,<6",  # the subjects: every causal LM comes from here
+    "huggingface_hub>=1.33,<3",  # revisions and files of models of the hub, and what of them is cached
     "tokenizers>=0.23.1,<1",  # byte-level BPE of the tiny models
     "safetensors>=0.8,<1",  # weights on disk, read without executing them
     "datasets>=5,<6",  # text from the hub or local files; pretokenized corpora

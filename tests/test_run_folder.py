@@ -61,7 +61,13 @@ def test_kept_ones_stay_for_good_also_where_a_run_is_tidied(tmp_path):
 def test_checkpoint_of_several_ranks_is_finished_when_every_part_is_there(tmp_path):
     run, weights = RunFolder(tmp_path), {f"w{i}": torch.full((4,), float(i)) for i in range(3)}
     folder = run.begin("step-00000010")
-    about = {"format": "megalens-lens", "format_version": 2, "width": 4, "subject": {}, "config": {}}
+    about = {
+        "format": "megalens-lens",
+        "format_version": 2,
+        "width": 4,
+        "subject": {"model_name": "m", "layer_l": 1, "fingerprint": "f"},
+        "config": {},
+    }
     (folder / "lens.json").write_text(json.dumps(about))
     (folder / "trainer.json").write_text("{}")
     parts = [Part({name: weights[name]}, index, 3) for index, name in enumerate(weights)]

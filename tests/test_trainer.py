@@ -327,8 +327,10 @@ def test_validation_measures_what_evaluation_measures(folder):
     held_out = ActivationLoader(config.activation_dir("val"), 1, config.seed)
     measured = evaluate(loaded.lens, held_out, config, loaded.statistics, Greedy(), progress=False, with_documents=False)
     measured, validated = measured.figures["lens"], last_validation(config)
-    for figure in FIGURES:
-        assert validated[figure.name] == pytest.approx(measured[figure.name], rel=1e-5, abs=1e-6), figure.name
+    names = [figure.name for figure in FIGURES if figure.name in measured]  # without those of texts that end
+    assert {"fve_nrm", "kl_recovered", "top1"} <= set(names)
+    for name in names:
+        assert validated[name] == pytest.approx(measured[name], rel=1e-5, abs=1e-6), name
 
 
 def test_validation_reads_explanations_from_their_string(folder, monkeypatch):
