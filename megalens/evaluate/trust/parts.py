@@ -17,9 +17,9 @@ from megalens.evaluate.text import pieces, to_ids
 from megalens.evaluate.token_means import TokenMeans
 from megalens.evaluate.trust.chance import above_chance, fit_confidence, retest
 from megalens.evaluate.trust.consensus import agreement, calibration_error, kept
-from megalens.evaluate.trust.identify import choice
+from megalens.evaluate.trust.identify import choice, drawn_partners
 from megalens.evaluate.trust.judged import Judged, Statistic, difference, mean, ratio
-from megalens.evaluate.trust.rows import TrustRows, unit
+from megalens.evaluate.trust.rows import PARTNERS, TrustRows, unit
 from megalens.evaluate.trust.unusual import fit_usual
 from megalens.evaluate.trust.words import content_words, kind_lift, kinds_of_words, said, said_lift
 
@@ -79,7 +79,8 @@ def part(name: str) -> Callable[[Part], Part]:
 @part("identification")
 def _identification(rows: TrustRows, known: Known) -> Figures:
     """Is a rebuild nearer to its own activation than to nine others'?"""
-    sources = {"": rows.rebuilt_ND, "_copy": rows.read(known.copies), "_shuffled": rows.rebuilt_ND[rows.partners_NK[:, 0]]}
+    tenth_N = drawn_partners(rows.doc_id_N, rows.sample_id_N, PARTNERS + 1, rows.lens.config.seed)[:, -1]  # not of the nine
+    sources = {"": rows.rebuilt_ND, "_copy": rows.read(known.copies), "_shuffled": rows.rebuilt_ND[tenth_N]}
     if known.token_means is not None:
         token_N = np.array([ids[-1] for ids in rows.contexts])
         sources["_token_mean"] = unit(known.token_means.predict(token_N))
